@@ -1,0 +1,66 @@
+# bsmtp: build, test, install.  POSIX make; every variable may be overridden.
+.POSIX:
+
+CC = cc
+CFLAGS = -O2 -g
+WARN = -std=c11 -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes \
+	-Wwrite-strings -Wcast-qual -Wformat=2 -Wundef -Wvla -Wconversion
+LIBS = -lpthread
+PREFIX = /usr/local
+MANDIR = $(PREFIX)/share/man
+PROGRAM = bsmtp
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
+
+all: bsmtp
+
+bsmtp: bsmtp.c bsmtp.h
+	$(CC) $(WARN) $(CFLAGS) $(LDFLAGS) -o $@ bsmtp.c $(LIBS)
+
+build:
+	mkdir -p build
+
+build/bsmtp-asan: bsmtp.c bsmtp.h | build
+	$(CC) $(WARN) -O1 -g $(SANITIZE) -o $@ bsmtp.c $(LIBS)
+
+build/bsmtp-torture: bsmtp.c bsmtp.h | build
+	$(CC) $(WARN) -O1 -g $(SANITIZE) -DBSMTP_TORTURE -o $@ bsmtp.c $(LIBS)
+
+build/unit: bsmtp.c bsmtp.h tests/unit.c | build
+	$(CC) $(WARN) -O1 -g $(SANITIZE) -DBSMTP_NO_MAIN -I. -o $@ bsmtp.c tests/unit.c
+
+# All tests: the units, then the suite with the plain, the sanitized and the
+# torture build.
+check: bsmtp build/unit build/bsmtp-asan build/bsmtp-torture
+	tests/run
+
+bench: bsmtp
+	tests/bench/bench
+
+fuzz:
+	tests/fuzz/run.sh $${FUZZ_SECONDS:-60}
+
+lint:
+	tests/lint
+
+demo: bsmtp
+	tests/demo
+
+install: bsmtp
+	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man3 \
+		$(DESTDIR)$(MANDIR)/man7
+	cp bsmtp $(DESTDIR)$(PREFIX)/bin/$(PROGRAM)
+	for n in 1 3 7; do \
+		cp man/bsmtp.$$n $(DESTDIR)$(MANDIR)/man$$n/$(PROGRAM).$$n || exit 1; done
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/$(PROGRAM)
+	for n in 1 3 7; do rm -f $(DESTDIR)$(MANDIR)/man$$n/$(PROGRAM).$$n; done
+
+clean:
+	rm -rf bsmtp build
+
+dist:
+	v=$$(sed -n 's/.*BSMTP_VERSION "\(.*\)"/\1/p' bsmtp.h) && \
+	git archive --prefix=bsmtp-$$v/ -o bsmtp-$$v.tar.gz HEAD
+
+.PHONY: all check bench fuzz lint demo install uninstall clean dist

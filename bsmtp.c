@@ -1,0 +1,6579 @@
+/* SPDX-License-Identifier: ISC
+ *
+ * bsmtp - batch SMTP in one stream: a client that fires mail without waiting,
+ * and a listener that stores it.
+ *
+ * Copyright (c) 2026 the bsmtp authors.  See LICENSE.
+ *
+ * Map
+ *	 1 platform		the only #if block: feature macros, includes, shims
+ *	 2 bytes		slices, classes, numbers, text under construction
+ *	 3 grammar		replies, commands, paths, parameters; headers, mbox
+ *	 4 body codecs		line ends, dots, watching for bare newlines
+ *	 5 client engine	the modes table, the queue of replies due, fates
+ *	 6 server engine	one row a verb, one row an answer; held replies
+ *	 7 names		modes, fates, keywords, errors as words
+ *	---- the wall: above, no operating system; below, all of it ----
+ *	 8 link			addresses and sockets
+ *	 9 sources		files, pipes, Maildirs as streams of messages
+ *	10 stores		Maildir, eml, discard; the committer
+ *	11 watchers		diagnostics, trace, JSON
+ *	12 send			source -> client engine -> link
+ *	13 listen		accept, sessions, limits, signals, latency
+ *	14 options		one table a verb: usage, environment, parsing
+ *	15 main
+ *
+ * Data flow
+ *	send	file pages -> message ends, LF to CRLF, frame -> one buffer -> socket
+ *		socket -> replies, matched by counting -> fates -> status, JSON
+ *	listen	socket -> commands | body slices -> store (tmp) -> committer
+ *		committed -> the replies that were held -> socket
+ *
+ * Invariants
+ *	- No message is called delivered without its own 2yz.
+ *	- No 2yz leaves before the message is on stable storage.
+ *	- A body is never read as commands, whatever was refused before it.
+ *	- Both ends read while they write; memory does not grow with the input.
+ *	- What a peer or a file says is bounded, and never printed raw, nor used
+ *	  in a file name.
+ *
+ * Build switches
+ *	BSMTP_NO_MAIN	the engines alone, a library (bsmtp.h, bsmtp(3))
+ *	BSMTP_TORTURE	one octet a read or write, the smallest buffers
+ */
+
+/* ==== 1 platform ========================================================= */
+
+#ifndef BSMTP_NO_MAIN
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1           /* syncfs(); on other systems without effect */
+#endif
+#ifdef __APPLE__
+#define _DARWIN_C_SOURCE 1
+#endif
+#define _FILE_OFFSET_BITS 64
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <sys/types.h>
+#include <sys/un.h>
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <limits.h>
+#include <netdb.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sysexits.h>
+#include <time.h>
+#include <unistd.h>
+#endif
+#include <string.h>
+
+#include "bsmtp.h"
+
+#ifdef BSMTP_TORTURE
+enum { IO_MAX = 1, OUT_SIZE = BSMTP_CLIENT_OUT_MIN, DUE_SIZE = BSMTP_CLIENT_DUE_MIN,
+	HELD_SIZE = BSMTP_SERVER_HELD_MIN, WINDOW_SIZE = 2 * BSMTP_FROM_LINE_MAX,
+	IN_SIZE = 1, REPLY_SIZE = BSMTP_SERVER_OUT_MIN, COPY_SIZE = 16 };
+#else
+enum { IO_MAX = 1 << 30, OUT_SIZE = 256 << 10, DUE_SIZE = 64 << 10,
+	HELD_SIZE = 4096, WINDOW_SIZE = 256 << 10,
+	IN_SIZE = 128 << 10, REPLY_SIZE = 32 << 10, COPY_SIZE = 64 << 10 };
+#endif
+
+#if defined(__GNUC__)
+#define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
+#else
+#define PRINTF_LIKE(f, a)
+#endif
+
+#if !defined(MSG_NOSIGNAL) && !defined(BSMTP_NO_MAIN)
+#define MSG_NOSIGNAL 0          /* SIGPIPE is ignored as well */
+#endif
+
+/* ==== 2 bytes ============================================================ */
+
+#define COUNT(table) (sizeof(table) / sizeof(table)[0])
+
+static bool is_digit(char c) { return c >= '0' && c <= '9'; }
+static bool is_alpha(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
+static bool is_alnum(char c) { return is_digit(c) || is_alpha(c); }
+static bool is_8bit(char c) { return (unsigned char)c > 127; }
+static bool is_blank(char c) { return c == ' ' || c == '\t'; }
+static bool is_space(char c) { return is_blank(c) || c == '\r' || c == '\n'; }
+static char lower(char c) { return c >= 'A' && c <= 'Z' ? (char)(c + ('a' - 'A')) : c; }
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+
+static bool is_hex(char c)
+{
+	return is_digit(c) || (lower(c) >= 'a' && lower(c) <= 'f');
+}
+
+/* atext of RFC 5322 3.2.3. */
+static bool is_atext(char c)
+{
+	return is_alnum(c) || (c != '\0' && strchr("!#$%&'*+-/=?^_`{|}~", c) != NULL);
+}
+
+static struct bsmtp_slice slice(const char *at, size_t len)
+{
+	return (struct bsmtp_slice){ at, len };
+}
+
+static struct bsmtp_slice slice_of(const char *text)
+{
+	return slice(text, strlen(text));
+}
+
+static bool same(struct bsmtp_slice s, const char *word)
+{
+	size_t i = 0;
+
+	while (i < s.len && word[i] != '\0' && lower(s.at[i]) == lower(word[i]))
+		i++;
+	return i == s.len && word[i] == '\0';
+}
+
+static struct bsmtp_slice trim(struct bsmtp_slice s)
+{
+	while (s.len > 0 && is_space(s.at[0]))
+		s = slice(s.at + 1, s.len - 1);
+	while (s.len > 0 && is_space(s.at[s.len - 1]))
+		s.len--;
+	return s;
+}
+
+/* Text under construction in memory of fixed size; what does not fit is cut,
+ * and every caller has room for what it writes. */
+struct text {
+	char *at;
+	size_t len, cap;
+};
+
+static void put(struct text *t, struct bsmtp_slice s)
+{
+	size_t n = min_size(s.len, t->cap - t->len);
+
+	if (n > 0)
+		memcpy(t->at + t->len, s.at, n);
+	t->len += n;
+}
+
+static void put_string(struct text *t, const char *s)
+{
+	put(t, slice_of(s));
+}
+
+static void put_number(struct text *t, uint64_t n)
+{
+	char digits[20];
+	size_t i = sizeof digits;
+
+	do {
+		digits[--i] = (char)('0' + n % 10);
+		n /= 10;
+	} while (n > 0);
+	put(t, slice(digits + i, sizeof digits - i));
+}
+
+ptrdiff_t bsmtp_number_parse(uint64_t *number, const char *in, size_t len)
+{
+	uint64_t n = 0;
+	size_t i;
+
+	for (i = 0; i < len && is_digit(in[i]); i++) {
+		unsigned digit = (unsigned)(in[i] - '0');
+		if (i == 20 || n > (UINT64_MAX - digit) / 10)
+			return BSMTP_BAD;
+		n = n * 10 + digit;
+	}
+	if (i == 0)
+		return len == 0 ? BSMTP_MORE : BSMTP_BAD;
+	*number = n;
+	return (ptrdiff_t)i;
+}
+
+bool bsmtp_has_8bit(struct bsmtp_slice text)
+{
+	for (size_t i = 0; i < text.len; i++)
+		if (is_8bit(text.at[i]))
+			return true;
+	return false;
+}
+
+/* The octets of the UTF-8 sequence at the head of s, 0 if it is none: no
+ * overlong forms, no surrogates, nothing over U+10FFFF (RFC 3629 4). */
+static size_t utf8_sequence(struct bsmtp_slice s)
+{
+	unsigned char c = (unsigned char)s.at[0], low = 0x80, high = 0xBF;
+	size_t n = c < 0x80 ? 1 : c >= 0xC2 && c <= 0xDF ? 2 : c >= 0xE0 && c <= 0xEF ? 3 :
+	    c >= 0xF0 && c <= 0xF4 ? 4 : 0;
+
+	if (n == 0 || n > s.len)
+		return 0;
+	if (c == 0xE0)
+		low = 0xA0;
+	else if (c == 0xED)
+		high = 0x9F;
+	else if (c == 0xF0)
+		low = 0x90;
+	else if (c == 0xF4)
+		high = 0x8F;
+	for (size_t i = 1; i < n; i++, low = 0x80, high = 0xBF)
+		if ((unsigned char)s.at[i] < low || (unsigned char)s.at[i] > high)
+			return 0;
+	return n;
+}
+
+bool bsmtp_utf8_valid(struct bsmtp_slice text)
+{
+	while (text.len > 0) {
+		size_t n = utf8_sequence(text);
+		if (n == 0)
+			return false;
+		text = slice(text.at + n, text.len - n);
+	}
+	return true;
+}
+
+/* ==== 3 grammar ========================================================== */
+
+/* ---- replies, RFC 5321 4.2 ---- */
+
+/* class "." subject "." detail, RFC 2034 4, of the same class as the code. */
+static size_t status_length(struct bsmtp_slice text, char class)
+{
+	size_t i = 1;
+
+	if (text.len < 5 || text.at[0] != class)
+		return 0;
+	for (int part = 0; part < 2; part++) {
+		size_t start = ++i;
+		if (text.at[i - 1] != '.')
+			return 0;
+		while (i < text.len && i < start + 3 && is_digit(text.at[i]))
+			i++;
+		if (i == start || (part == 0 && i >= text.len))
+			return 0;
+	}
+	return i == text.len || text.at[i] == ' ' ? i : 0;
+}
+
+ptrdiff_t bsmtp_reply_line_parse(struct bsmtp_reply_line *line, const char *in, size_t len)
+{
+	size_t window = min_size(len, BSMTP_REPLY_LINE_MAX), n, status;
+	const char *end = window > 0 ? memchr(in, '\n', window) : NULL;
+
+	for (size_t i = 0; i < window && i < 3; i++)
+		if (!is_digit(in[i]) || (i == 0 && (in[0] < '1' || in[0] > '5')))
+			return BSMTP_BAD;
+	if (window > 3 && strchr(" -\r", in[3]) == NULL)
+		return BSMTP_BAD;
+	n = end != NULL ? (size_t)(end - in) : window;
+	if (end == NULL)
+		return window < BSMTP_REPLY_LINE_MAX ? BSMTP_MORE : BSMTP_BAD;
+	if (n < 4 || in[n - 1] != '\r' || memchr(in, '\r', n - 1) != NULL ||
+	    memchr(in, '\0', n) != NULL)
+		return BSMTP_BAD;
+	line->code = (in[0] - '0') * 100 + (in[1] - '0') * 10 + (in[2] - '0');
+	line->more = in[3] == '-';
+	line->text = n > 5 ? slice(in + 4, n - 5) : slice(in + n - 1, 0);
+	status = status_length(line->text, in[0]);
+	line->status = slice(line->text.at, status);
+	line->text = trim(slice(line->text.at + status, line->text.len - status));
+	return (ptrdiff_t)n + 1;
+}
+
+/* ---- domains, mailboxes, paths, RFC 5321 4.1.2 and 4.1.3 ---- */
+
+/* sub-domain *("." sub-domain): letters, digits, inner hyphens. */
+static bool is_domain_name(struct bsmtp_slice s, bool utf8)
+{
+	size_t label = 0;
+
+	if (s.len == 0 || s.len > BSMTP_DOMAIN_MAX)
+		return false;
+	for (size_t i = 0; i < s.len; i++) {
+		char c = s.at[i];
+		bool inner = c == '-' && label > 0;
+		if (c == '.' && label > 0 && s.at[i - 1] != '-')
+			label = 0;
+		else if (is_alnum(c) || inner || (utf8 && is_8bit(c)))
+			label++;
+		else
+			return false;
+		if (label > 63 && !utf8)
+			return false;
+	}
+	return label > 0 && s.at[s.len - 1] != '-' && (!utf8 || bsmtp_utf8_valid(s));
+}
+
+static bool is_ipv4(struct bsmtp_slice s)
+{
+	for (int part = 0; part < 4; part++) {
+		uint64_t n;
+		ptrdiff_t used = bsmtp_number_parse(&n, s.at, min_size(s.len, 3));
+		if (used <= 0 || n > 255)
+			return false;
+		s = slice(s.at + used, s.len - (size_t)used);
+		if (part == 3)
+			return s.len == 0;
+		if (s.len == 0 || s.at[0] != '.')
+			return false;
+		s = slice(s.at + 1, s.len - 1);
+	}
+	return false;
+}
+
+/* IPv6-full, IPv6-comp, and both with a dotted quad at the end. */
+static bool is_ipv6(struct bsmtp_slice s)
+{
+	unsigned groups = 0;
+	bool gap = false;
+	size_t i = 0;
+
+	if (s.len >= 2 && s.at[0] == ':' && s.at[1] == ':') {
+		gap = true;
+		i = 2;
+	}
+	while (i < s.len) {
+		size_t start = i;
+		while (i < s.len && is_hex(s.at[i]))
+			i++;
+		if (i < s.len && s.at[i] == '.') {
+			groups += 2;
+			return groups <= 8 && (gap ? groups < 8 : groups == 8) &&
+			    is_ipv4(slice(s.at + start, s.len - start));
+		}
+		if (i == start || i - start > 4 || ++groups > 8)
+			return false;
+		if (i == s.len)
+			break;
+		if (s.at[i++] != ':' || i == s.len)
+			return false;
+		if (s.at[i] == ':') {
+			if (gap)
+				return false;
+			gap = true;
+			i++;
+		}
+	}
+	return gap ? groups < 8 : groups == 8;
+}
+
+/* "[" IPv4 / "IPv6:" IPv6 / Standardized-tag ":" 1*dcontent "]". */
+static bool is_address_literal(struct bsmtp_slice s)
+{
+	size_t tag = 0;
+
+	if (s.len < 3 || s.len > BSMTP_DOMAIN_MAX || s.at[0] != '[' || s.at[s.len - 1] != ']')
+		return false;
+	s = slice(s.at + 1, s.len - 2);
+	if (is_ipv4(s))
+		return true;
+	if (s.len > 5 && same(slice(s.at, 5), "IPv6:"))
+		return is_ipv6(slice(s.at + 5, s.len - 5));
+	while (tag < s.len && (is_alnum(s.at[tag]) || s.at[tag] == '-'))
+		tag++;
+	if (tag == 0 || s.at[tag - 1] == '-' || tag + 1 >= s.len || s.at[tag] != ':')
+		return false;
+	for (size_t i = tag + 1; i < s.len; i++)
+		if (s.at[i] < '!' || s.at[i] > '~' || strchr("[\\]", s.at[i]) != NULL)
+			return false;
+	return true;
+}
+
+bool bsmtp_domain_valid(struct bsmtp_slice domain, bool utf8)
+{
+	return is_domain_name(domain, utf8) || is_address_literal(domain);
+}
+
+/* Dot-string / Quoted-string at the head of s: its octets, 0 if it is none. */
+static size_t local_part_length(struct bsmtp_slice s, bool utf8)
+{
+	size_t i = 0;
+
+	if (s.len > 0 && s.at[0] == '"') {
+		for (i = 1; i < s.len && s.at[i] != '"'; i++) {
+			if (s.at[i] == '\\' && ++i == s.len)
+				return 0;
+			if ((s.at[i] < ' ' || s.at[i] > '~') && !(utf8 && is_8bit(s.at[i])))
+				return 0;
+		}
+		return i < s.len ? i + 1 : 0;
+	}
+	while (i < s.len && (is_atext(s.at[i]) || (utf8 && is_8bit(s.at[i])) ||
+	    (s.at[i] == '.' && i > 0 && s.at[i - 1] != '.')))
+		i++;
+	return i > 0 && s.at[i - 1] == '.' ? 0 : i;
+}
+
+bool bsmtp_mailbox_valid(struct bsmtp_slice mailbox, bool utf8)
+{
+	size_t local = local_part_length(mailbox, utf8);
+
+	/* RFC 5321 4.5.3.1.1 allows a local-part 64 octets; longer ones are in
+	 * use (VERP), so only the whole is bounded. */
+	return local > 0 && mailbox.len <= BSMTP_MAILBOX_MAX && local + 1 < mailbox.len &&
+	    mailbox.at[local] == '@' &&
+	    bsmtp_domain_valid(slice(mailbox.at + local + 1, mailbox.len - local - 1), utf8) &&
+	    (!utf8 || bsmtp_utf8_valid(mailbox));
+}
+
+/* The ">" that closes a path: one inside a quoted string does not. */
+static size_t path_end(struct bsmtp_slice s)
+{
+	bool quoted = false;
+	size_t i;
+
+	for (i = 0; i < s.len; i++) {
+		if (s.at[i] == '"')
+			quoted = !quoted;
+		else if (quoted && s.at[i] == '\\')
+			i++;
+		else if (!quoted && s.at[i] == '>')
+			break;
+	}
+	return i < s.len ? i : s.len;
+}
+
+/* A-d-l ":", the source route: its octets, 0 if there is none, or BSMTP_BAD. */
+static ptrdiff_t route_length(struct bsmtp_slice s, bool utf8)
+{
+	size_t start = 1;
+
+	if (s.len == 0 || s.at[0] != '@')
+		return 0;
+	for (size_t i = 1; i < s.len; i++) {
+		if (s.at[i] != ',' && s.at[i] != ':')
+			continue;
+		if (!is_domain_name(slice(s.at + start, i - start), utf8))
+			return BSMTP_BAD;
+		if (s.at[i] == ':')
+			return (ptrdiff_t)i + 1;
+		if (i + 1 == s.len || s.at[i + 1] != '@')
+			return BSMTP_BAD;
+		start = i + 2;
+	}
+	return BSMTP_BAD;
+}
+
+ptrdiff_t bsmtp_path_parse(struct bsmtp_slice *mailbox, const char *in, size_t len, unsigned flags)
+{
+	bool utf8 = (flags & BSMTP_PATH_UTF8) != 0;
+	struct bsmtp_slice s = slice(in, len);
+	ptrdiff_t route;
+	size_t end;
+
+	if (len < 2 || in[0] != '<' || (end = path_end(s)) == len)
+		return BSMTP_BAD;
+	s = slice(in + 1, end - 1);
+	route = route_length(s, utf8);
+	if (route < 0)
+		return BSMTP_BAD;
+	s = slice(s.at + route, s.len - (size_t)route);
+	if (!bsmtp_mailbox_valid(s, utf8) &&
+	    !(s.len == 0 && route == 0 && (flags & BSMTP_PATH_NULL)) &&
+	    !((flags & BSMTP_PATH_POSTMASTER) && route == 0 && same(s, "postmaster")))
+		return BSMTP_BAD;
+	*mailbox = s;
+	return (ptrdiff_t)end + 1;
+}
+
+ptrdiff_t bsmtp_parameter_parse(struct bsmtp_parameter *parameter, const char *in, size_t len)
+{
+	size_t i = 0, start;
+
+	while (i < len && in[i] == ' ')
+		i++;
+	start = i;
+	while (i < len && (is_alnum(in[i]) || (in[i] == '-' && i > start)))
+		i++;
+	if (start == 0 || i == start)
+		return BSMTP_BAD;
+	parameter->keyword = slice(in + start, i - start);
+	parameter->value = slice(NULL, 0);
+	if (i < len && in[i] == '=') {
+		start = ++i;
+		while (i < len && in[i] != '=' && in[i] > ' ' && in[i] != 127)
+			i++;
+		while (i < len && is_8bit(in[i]))
+			i++;
+		if (i == start)
+			return BSMTP_BAD;
+		parameter->value = slice(in + start, i - start);
+	}
+	return i == len || in[i] == ' ' ? (ptrdiff_t)i : BSMTP_BAD;
+}
+
+/* ---- headers, RFC 5322 ---- */
+
+ptrdiff_t bsmtp_field_parse(struct bsmtp_field *field, const char *in, size_t len, bool last)
+{
+	size_t i = 0, name;
+
+	while (i < len && in[i] > ' ' && in[i] <= '~' && in[i] != ':')
+		i++;
+	name = i;
+	while (i < len && is_blank(in[i]))      /* RFC 5322 4.5.8 */
+		i++;
+	if (i == len)
+		return last || (name == 0 && len > 0) ? BSMTP_BAD : BSMTP_MORE;
+	if (name == 0 || in[i] != ':')
+		return BSMTP_BAD;
+	field->name = slice(in, name);
+	field->body.at = in + ++i;
+	for (;;) {
+		const char *end = i < len ? memchr(in + i, '\n', len - i) : NULL;
+		if (end == NULL && !last)
+			return BSMTP_MORE;
+		i = end == NULL ? len : (size_t)(end - in) + 1;
+		if (i == len && !last)
+			return BSMTP_MORE;
+		if (i == len || !is_blank(in[i]))
+			break;
+	}
+	field->body.len = (size_t)(in + i - field->body.at);
+	return (ptrdiff_t)i;
+}
+
+bool bsmtp_field_is(const struct bsmtp_field *field, const char *name)
+{
+	return same(field->name, name);
+}
+
+/* What is passed over between the words of an address: white space, folds,
+ * comments with their nesting and quoted pairs (RFC 5322 3.2.2). */
+static void skip_cfws(struct bsmtp_slice *s)
+{
+	size_t i = 0, depth = 0;
+
+	for (; i < s->len; i++) {
+		char c = s->at[i];
+		if (c == '(')
+			depth++;
+		else if (depth > 0 && c == ')')
+			depth--;
+		else if (depth > 0 && c == '\\' && i + 1 < s->len)
+			i++;
+		else if (depth == 0 && !is_space(c))
+			break;
+	}
+	*s = slice(s->at + i, s->len - i);
+}
+
+/* The next word of a list: a quoted string, a domain literal, a run of atext
+ * and dots, or a single special. */
+static struct bsmtp_slice next_word(struct bsmtp_slice *s)
+{
+	struct bsmtp_slice word;
+	size_t i = 0;
+
+	skip_cfws(s);
+	if (s->len > 0 && (s->at[0] == '"' || s->at[0] == '[')) {
+		char close = s->at[0] == '"' ? '"' : ']';
+		for (i = 1; i < s->len && s->at[i] != close; i++)
+			if (s->at[i] == '\\' && i + 1 < s->len)
+				i++;
+		i = min_size(i + 1, s->len);
+	} else {
+		while (i < s->len && (is_atext(s->at[i]) || is_8bit(s->at[i]) || s->at[i] == '.'))
+			i++;
+		if (i == 0 && s->len > 0)
+			i = 1;
+	}
+	word = slice(s->at, i);
+	*s = slice(s->at + i, s->len - i);
+	return word;
+}
+
+static bool is_word(struct bsmtp_slice w)
+{
+	return w.len > 0 && (w.at[0] == '"' || w.at[0] == '[' || w.at[0] == '.' ||
+	    is_atext(w.at[0]) || is_8bit(w.at[0]));
+}
+
+/* One pass over the words of an address: what is collected so far is a display
+ * name until "<" starts it again, a group's name until ":" drops it. */
+int bsmtp_address_next(struct bsmtp_slice *list, char *out, size_t *len)
+{
+	struct text t = { out, 0, BSMTP_MAILBOX_MAX };
+	bool angle = false, closed = false, cut = false;
+
+	for (;;) {
+		struct bsmtp_slice w = next_word(list);
+		char c = w.len > 0 ? w.at[0] : '\0';
+		if (w.len == 0 || (!angle && (c == ',' || c == ';'))) {
+			*len = t.len;
+			if (angle || cut)
+				return -1;
+			if (t.len > 0)
+				return 1;
+			if (w.len == 0)
+				return 0;
+			closed = false;
+		} else if (c == '<' && !angle && !closed) {
+			angle = true;
+			t.len = 0;
+			cut = false;
+		} else if (c == '>' && angle) {
+			angle = false;
+			closed = true;
+		} else if (c == ':' && !closed) {
+			t.len = 0;      /* a group's name, or a route */
+			cut = false;
+		} else if ((is_word(w) || c == '@' || (c == ',' && angle)) && !closed) {
+			if (t.len + w.len > t.cap)
+				cut = true;
+			put(&t, w);
+		} else {
+			return -1;
+		}
+	}
+}
+
+/* ---- mbox, RFC 4155 ---- */
+
+/* One blank-separated word from the end of s. */
+static struct bsmtp_slice last_word(struct bsmtp_slice *s)
+{
+	size_t end, start;
+
+	while (s->len > 0 && is_blank(s->at[s->len - 1]))
+		s->len--;
+	end = start = s->len;
+	while (start > 0 && !is_blank(s->at[start - 1]))
+		start--;
+	s->len = start;
+	return slice(s->at + start, end - start);
+}
+
+/* Whether w has the shape of `form`: 9 is a digit, anything else itself. */
+static bool has_form(struct bsmtp_slice w, const char *form)
+{
+	size_t i = 0;
+
+	for (; i < w.len && form[i] != '\0'; i++)
+		if (form[i] == '9' ? !is_digit(w.at[i]) : w.at[i] != form[i])
+			return false;
+	return i == w.len && form[i] == '\0';
+}
+
+static bool is_time(struct bsmtp_slice w)
+{
+	return has_form(w, "99:99:99") || has_form(w, "99:99") || has_form(w, "9:99:99") ||
+	    has_form(w, "9:99");
+}
+
+/* +0100, -0500, GMT, CEST */
+static bool is_zone(struct bsmtp_slice w)
+{
+	if (has_form(w, "+9999") || has_form(w, "-9999"))
+		return true;
+	for (size_t i = 0; i < w.len; i++)
+		if (!is_alpha(w.at[i]))
+			return false;
+	return w.len >= 1 && w.len <= 5;
+}
+
+static bool in_list(struct bsmtp_slice w, const char *list)
+{
+	if (w.len != 3)
+		return false;
+	for (; *list != '\0'; list += 3)
+		if (memcmp(w.at, list, 3) == 0)
+			return true;
+	return false;
+}
+
+/* sender Www Mmm dd hh:mm[:ss] [zone] yyyy [zone], read from its end, for the
+ * sender may hold anything. */
+static bool is_from_date(struct bsmtp_slice *s)
+{
+	struct bsmtp_slice w = last_word(s);
+
+	if (!has_form(w, "9999")) {
+		if (!is_zone(w) || !has_form(last_word(s), "9999"))
+			return false;
+	}
+	w = last_word(s);
+	if (!is_time(w)) {
+		if (!is_zone(w) || !is_time(last_word(s)))
+			return false;
+	}
+	w = last_word(s);
+	return (has_form(w, "9") || has_form(w, "99")) &&
+	    in_list(last_word(s), "JanFebMarAprMayJunJulAugSepOctNovDec") &&
+	    in_list(last_word(s), "MonTueWedThuFriSatSun");
+}
+
+ptrdiff_t bsmtp_from_line_parse(struct bsmtp_slice *sender, const char *in, size_t len)
+{
+	size_t window = min_size(len, BSMTP_FROM_LINE_MAX);
+	const char *end;
+	struct bsmtp_slice s;
+
+	if (memcmp(in, "From ", min_size(len, 5)) != 0)
+		return BSMTP_BAD;
+	end = window > 0 ? memchr(in, '\n', window) : NULL;
+	if (end == NULL)
+		return window < BSMTP_FROM_LINE_MAX ? BSMTP_MORE : BSMTP_BAD;
+	s = slice(in + 5, (size_t)(end - in) - 5);
+	if (s.len > 0 && s.at[s.len - 1] == '\r')
+		s.len--;
+	if (!is_from_date(&s))
+		return BSMTP_BAD;
+	*sender = trim(s);
+	return end - in + 1;
+}
+
+enum { MBOX_START, MBOX_LINE, MBOX_MIDDLE, MBOX_OVER };
+
+/* The octets of a blank line at the head of s; BSMTP_MORE if it may be one. */
+static ptrdiff_t blank_line(const char *in, size_t len, bool last)
+{
+	if (len == 0 || (len == 1 && in[0] == '\r' && !last))
+		return BSMTP_MORE;
+	if (in[0] == '\n')
+		return 1;
+	return len > 1 && in[0] == '\r' && in[1] == '\n' ? 2 : BSMTP_BAD;
+}
+
+/* ">From " at the head of s, as the variant has it: 1 yes, 0 more, -1 no. */
+static int is_quoted_from(const struct bsmtp_mbox *m, const char *in, size_t len, bool last)
+{
+	size_t i = 0, most = m->mboxo ? 1 : BSMTP_FROM_LINE_MAX - 5;
+
+	while (i < len && i < most && in[i] == '>')
+		i++;
+	if (i == 0 && len > 0)
+		return -1;
+	if (memcmp(in + i, "From ", min_size(len - i, 5)) != 0)
+		return -1;
+	return len - i >= 5 ? 1 : last ? -1 : 0;
+}
+
+/* How far text runs from a line's start without anything that needs a look:
+ * blank lines are passed when a line that is no From_ line is in sight. */
+static size_t plain_run(const char *in, size_t len, bool *at_line)
+{
+	size_t i = 0;
+
+	*at_line = true;
+	while (i < len) {
+		const char *end;
+		if (in[i] == '>' || (blank_line(in + i, len - i, false) >= 0 &&
+		    !(in[i] == '\n' && i + 1 < len && strchr("F\r\n>", in[i + 1]) == NULL)))
+			return i;
+		end = memchr(in + i, '\n', len - i);
+		if (end == NULL) {
+			*at_line = false;
+			return len;
+		}
+		i = (size_t)(end - in) + 1;
+	}
+	return i;
+}
+
+static enum bsmtp_mbox_event mbox_text(struct bsmtp_mbox *m, struct bsmtp_slice text,
+    size_t *used, struct bsmtp_slice *out, int state)
+{
+	*used += text.len;
+	*out = text;
+	m->state = (unsigned char)state;
+	return BSMTP_MBOX_TEXT;
+}
+
+/* The blank line withheld turns out to be the message's own. */
+static enum bsmtp_mbox_event mbox_release(struct bsmtp_mbox *m, struct bsmtp_slice *out)
+{
+	*out = slice_of(m->pending == 2 ? "\r\n" : "\n");
+	m->pending = 0;
+	return BSMTP_MBOX_TEXT;
+}
+
+static enum bsmtp_mbox_event mbox_line(struct bsmtp_mbox *m, const char *in, size_t len,
+    bool last, size_t *used, struct bsmtp_slice *out)
+{
+	ptrdiff_t blank = blank_line(in, len, last);
+	bool at_line;
+	size_t run;
+
+	if (len == 0 && last) {
+		m->pending = 0;
+		m->state = MBOX_OVER;
+		return BSMTP_MBOX_END;
+	}
+	if (m->pending != 0) {
+		ptrdiff_t from = bsmtp_from_line_parse(out, in, len);
+		if (from > 0) {
+			m->pending = 0;
+			m->state = MBOX_START;
+			return BSMTP_MBOX_END;
+		}
+		if (from == BSMTP_MORE && !last)
+			return BSMTP_MBOX_NEED;
+		return mbox_release(m, out);
+	}
+	if (blank == BSMTP_MORE)
+		return BSMTP_MBOX_NEED;
+	if (blank > 0 && len > (size_t)blank && in[blank] != 'F' && in[0] == '\n' &&
+	    in[1] != '\r' && in[1] != '\n' && in[1] != '>')
+		blank = BSMTP_BAD;
+	if (blank > 0) {
+		m->pending = (unsigned char)blank;
+		*used += (size_t)blank;
+		return BSMTP_MBOX_NEED;
+	}
+	if (in[0] == '>') {
+		int quoted = is_quoted_from(m, in, len, last);
+		const char *end;
+		if (quoted == 0)
+			return BSMTP_MBOX_NEED;
+		if (quoted > 0) {
+			*used += 1;
+			in++;
+			len--;
+		}
+		end = memchr(in, '\n', len);
+		run = end != NULL ? (size_t)(end - in) + 1 : len;
+		return mbox_text(m, slice(in, run), used, out, end != NULL ? MBOX_LINE : MBOX_MIDDLE);
+	}
+	run = plain_run(in, len, &at_line);
+	return mbox_text(m, slice(in, run), used, out, at_line ? MBOX_LINE : MBOX_MIDDLE);
+}
+
+enum bsmtp_mbox_event bsmtp_mbox_next(struct bsmtp_mbox *m, const char *in, size_t len,
+    bool last, size_t *used, struct bsmtp_slice *out)
+{
+	*used = 0;
+	*out = slice(in, 0);
+	for (;;) {
+		const char *at = in + *used;
+		size_t left = len - *used, before = *used;
+		enum bsmtp_mbox_event event;
+		ptrdiff_t from;
+
+		switch (m->state) {
+		case MBOX_START:
+			if (left == 0 && last) {
+				m->state = MBOX_OVER;
+				break;
+			}
+			if (left == 0)
+				return BSMTP_MBOX_NEED;
+			from = bsmtp_from_line_parse(out, at, left);
+			if (from == BSMTP_MORE && !last)
+				return BSMTP_MBOX_NEED;
+			if (from <= 0)
+				return BSMTP_MBOX_BAD;
+			*used += (size_t)from;
+			m->state = MBOX_LINE;
+			return BSMTP_MBOX_BEGIN;
+		case MBOX_LINE:
+			event = mbox_line(m, at, left, last, used, out);
+			if (event != BSMTP_MBOX_NEED || *used == before)
+				return event;
+			break;
+		case MBOX_MIDDLE:
+			if (left == 0 && !last)
+				return BSMTP_MBOX_NEED;
+			if (left == 0) {
+				m->state = MBOX_LINE;
+				break;
+			}
+			at = memchr(at, '\n', left);
+			left = at != NULL ? (size_t)(at - in) + 1 - *used : left;
+			return mbox_text(m, slice(in + *used, left), used, out,
+			    at != NULL ? MBOX_LINE : MBOX_MIDDLE);
+		default:
+			return BSMTP_MBOX_DONE;
+		}
+	}
+}
+
+/* ==== 4 body codecs ====================================================== */
+
+/* Copies the part of a line before its end.  Most text holds no CR but before
+ * LF, so one memchr() for CR serves all the lines up to the next. */
+static size_t encode_run(struct bsmtp_encoder *e, char *out, size_t cap, size_t *made,
+    const char *in, size_t len, const char **next_cr)
+{
+	const char *lf = memchr(in, '\n', len);
+	size_t run = lf != NULL ? (size_t)(lf - in) : len;
+
+	if (*next_cr != NULL && *next_cr < in)
+		*next_cr = memchr(in, '\r', len);
+	if (*next_cr != NULL && *next_cr < in + run)
+		run = (size_t)(*next_cr - in);
+	run = min_size(run, cap - *made);
+	if (run > 0) {
+		memcpy(out + *made, in, run);
+		*made += run;
+		e->inside = true;
+	}
+	return run;
+}
+
+size_t bsmtp_encode(struct bsmtp_encoder *e, char *out, size_t cap, size_t *made,
+    const char *in, size_t len)
+{
+	const char *next_cr = len > 0 ? memchr(in, '\r', len) : NULL;
+	size_t i = 0;
+
+	*made = 0;
+	while (i < len && cap - *made >= 4) {
+		if (e->cr && in[i] != '\n') {
+			e->cr = false;
+			e->strays++;
+			out[(*made)++] = ' ';
+			e->inside = true;
+		} else if (in[i] == '\n') {
+			out[(*made)++] = '\r';
+			out[(*made)++] = '\n';
+			e->cr = e->inside = false;
+			i++;
+		} else if (in[i] == '\r') {
+			e->cr = true;
+			i++;
+		} else {
+			if (!e->inside && e->dots && in[i] == '.')
+				out[(*made)++] = '.';
+			i += encode_run(e, out, cap, made, in + i, len - i, &next_cr);
+		}
+	}
+	return i;
+}
+
+size_t bsmtp_encode_end(struct bsmtp_encoder *e, char *out)
+{
+	size_t n = 0;
+
+	if (e->cr) {
+		out[n++] = ' ';
+		e->strays++;
+		e->inside = true;
+		e->cr = false;
+	}
+	if (e->inside) {
+		out[n++] = '\r';
+		out[n++] = '\n';
+		e->inside = false;
+	}
+	return n;
+}
+
+/* The octets just seen: a line's end (or nothing yet), then ".", then CR. */
+enum { DOT_LINE, DOT_DOT, DOT_DOT_CR, DOT_MIDDLE, DOT_CR };
+
+/* From inside a line to the octet behind CRLF "." or to the end of input: one
+ * run of text. */
+static size_t decode_run(struct bsmtp_decoder *d, const char *in, size_t len)
+{
+	size_t i = 0;
+
+	while (i < len) {
+		const char *cr;
+		if (d->state == DOT_CR && in[i] == '\n') {
+			d->state = DOT_LINE;
+			i++;
+		} else if (d->state == DOT_LINE) {
+			if (in[i] == '.')
+				return i;
+			d->state = DOT_MIDDLE;
+		} else {
+			cr = memchr(in + i, '\r', len - i);
+			d->state = cr != NULL ? DOT_CR : DOT_MIDDLE;
+			i = cr != NULL ? (size_t)(cr - in) + 1 : len;
+		}
+	}
+	return i;
+}
+
+size_t bsmtp_decode(struct bsmtp_decoder *d, const char *in, size_t len, struct bsmtp_slice *text)
+{
+	size_t i = 0, run;
+
+	*text = slice(in, 0);
+	if (len == 0 || d->ended)
+		return 0;
+	if (d->state == DOT_LINE && in[0] == '.') {
+		d->state = DOT_DOT;
+		if (++i == len)
+			return i;
+	}
+	if (d->state == DOT_DOT) {
+		d->state = in[i] == '\r' ? DOT_DOT_CR : DOT_MIDDLE;
+		if (d->state == DOT_DOT_CR && ++i == len)
+			return i;
+	}
+	if (d->state == DOT_DOT_CR) {
+		if (in[i] == '\n') {
+			d->ended = true;
+			return i + 1;
+		}
+		d->state = DOT_CR;      /* ".\r" was text after all; its dot goes */
+		*text = slice_of("\r");
+		return i;
+	}
+	run = decode_run(d, in + i, len - i);
+	*text = slice(in + i, run);
+	return i + run;
+}
+
+/* Good text is a simple fact: an octet is LF where the one before is CR, and
+ * nowhere else.  Blocks of fixed size let the compiler test that in parallel.
+ * Returns how far it holds. */
+static size_t good_newlines(const char *in, size_t len, bool cr)
+{
+	size_t i = 1;
+
+	if (len == 0 || (in[0] == '\n') != cr)
+		return 0;
+	for (; len - i >= 64; i += 64) {
+		unsigned bad = 0;
+		for (size_t k = 0; k < 64; k++)
+			bad |= (unsigned)((in[i + k] == '\n') ^ (in[i + k - 1] == '\r'));
+		if (bad)
+			break;
+	}
+	while (i < len && (in[i] == '\n') == (in[i - 1] == '\r'))
+		i++;
+	return i;
+}
+
+static void newline_is_bad(struct bsmtp_newlines *n, uint64_t at)
+{
+	if (!n->bad)
+		n->bad_at = at;
+	n->bad = true;
+}
+
+/* Only watched: the text is what came, and one fault is enough to know. */
+static size_t watch_newlines(struct bsmtp_newlines *n, const char *in, size_t len)
+{
+	size_t good = n->bad ? len : good_newlines(in, len, n->cr);
+
+	if (good < len)
+		newline_is_bad(n, n->offset + good - (good > 0 ? in[good - 1] == '\r' : n->cr));
+	n->cr = in[len - 1] == '\r';
+	return len;
+}
+
+/* A CR is withheld until what follows it is known. */
+static size_t mend_newlines(struct bsmtp_newlines *n, const char *in, size_t len,
+    struct bsmtp_slice *text)
+{
+	size_t run;
+
+	if (n->cr || in[0] == '\n') {
+		run = in[0] == '\n';
+		if (!n->cr || run == 0)
+			newline_is_bad(n, n->offset - n->cr);
+		n->cr = false;
+		*text = slice_of("\r\n");
+		return run;
+	}
+	run = good_newlines(in, len, false);
+	n->cr = in[run - 1] == '\r';
+	*text = slice(in, run - n->cr);
+	return run;
+}
+
+size_t bsmtp_newlines(struct bsmtp_newlines *n, const char *in, size_t len,
+    struct bsmtp_slice *text)
+{
+	size_t used;
+
+	*text = slice(in, len);
+	if (len == 0)
+		return 0;
+	used = n->normalize ? mend_newlines(n, in, len, text) : watch_newlines(n, in, len);
+	n->offset += used;
+	return used;
+}
+
+void bsmtp_newlines_end(struct bsmtp_newlines *n, struct bsmtp_slice *text)
+{
+	*text = slice("", 0);
+	if (!n->cr)
+		return;
+	newline_is_bad(n, n->offset - 1);
+	if (n->normalize)
+		*text = slice_of("\r\n");
+	n->cr = false;
+}
+
+/* ==== 5 client engine ==================================================== */
+
+/* The four manners; nothing else tells them apart. */
+static const struct mode {
+	const char *name;
+	enum bsmtp_verb opening;
+	bool waits_greeting;
+	enum { NEVER, GRACE, ALWAYS } waits_opening;
+	bool waits_each;
+	bool waits_354;
+} modes[] = {
+	[BSMTP_MODE_BSMTP] = { "bsmtp", BSMTP_VERB_BSMTP, false, GRACE, false, false },
+	[BSMTP_MODE_EARLY] = { "early", BSMTP_VERB_EHLO, false, NEVER, false, true },
+	[BSMTP_MODE_PIPELINING] = { "pipelining", BSMTP_VERB_EHLO, true, ALWAYS, false, true },
+	[BSMTP_MODE_LOCKSTEP] = { "lockstep", BSMTP_VERB_EHLO, true, ALWAYS, true, true },
+};
+
+enum client_state {
+	CLIENT_GREETING,        /* waits for the greeting before it opens */
+	CLIENT_OPENING,         /* waits for the opening's reply */
+	CLIENT_GRACE,           /* likewise, but not for ever */
+	CLIENT_MAIL,            /* between messages */
+	CLIENT_RCPT,            /* among the recipients */
+	CLIENT_DATA,            /* waits for 354 */
+	CLIENT_BODY,
+	CLIENT_SKIP,            /* the message will not be sent: drop it */
+	CLIENT_QUIT,            /* all is written: replies are read */
+	CLIENT_MUTE,            /* refused late: replies are read, no more is sent */
+	CLIENT_OVER
+};
+
+/* Room kept behind the body for its end, and for a BDAT line that turns out
+ * longer than foreseen: "BDAT " 20 digits " LAST" CRLF. */
+enum { HEADER_MAX = 32, RESERVE = HEADER_MAX + 16, DUE_RESERVE = 4 };
+
+static const struct mode *mode_of(const struct bsmtp_client *c)
+{
+	return &modes[c->config->mode];
+}
+
+static void tap_line(bsmtp_tap *tap, void *context, enum bsmtp_tap_kind kind,
+    struct bsmtp_slice line, uint64_t octets)
+{
+	if (tap != NULL)
+		tap(context, kind, line, octets);
+}
+
+static size_t client_room(const struct bsmtp_client *c)
+{
+	return c->out_size - c->made > RESERVE ? c->out_size - c->made - RESERVE : 0;
+}
+
+static void expect(struct bsmtp_client *c, enum bsmtp_verb verb)
+{
+	c->due[(c->due_first + c->due_count++) % c->due_size] = (unsigned char)verb;
+}
+
+/* Appends a line to what may go; `verb` is the reply it asks for. */
+static void write_line(struct bsmtp_client *c, enum bsmtp_verb verb, struct bsmtp_slice line)
+{
+	struct text t = { c->out, c->made, c->out_size };
+
+	tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_COMMAND, line, 0);
+	put(&t, line);
+	put_string(&t, "\r\n");
+	c->made = c->ready = t.len;
+	expect(c, verb);
+}
+
+static void write_command(struct bsmtp_client *c, enum bsmtp_verb verb, const char *before,
+    struct bsmtp_slice argument, const char *after)
+{
+	char line[BSMTP_COMMAND_MAX];
+	struct text t = { line, 0, sizeof line - 2 };
+
+	put_string(&t, before);
+	put(&t, argument);
+	put_string(&t, after);
+	write_line(c, verb, slice(line, t.len));
+}
+
+static void write_opening(struct bsmtp_client *c, enum bsmtp_verb verb)
+{
+	char line[BSMTP_COMMAND_MAX];
+	struct text t = { line, 0, sizeof line - 2 };
+	const struct mode *mode = mode_of(c);
+
+	put_string(&t, bsmtp_verb_name(verb));
+	put_string(&t, " ");
+	put(&t, slice(c->config->helo, min_size(strlen(c->config->helo), BSMTP_DOMAIN_MAX)));
+	write_line(c, verb, slice(line, t.len));
+	c->state = mode->waits_opening == ALWAYS ? CLIENT_OPENING :
+	    mode->waits_opening == GRACE && !c->config->no_grace ? CLIENT_GRACE : CLIENT_MAIL;
+}
+
+void bsmtp_client_init(struct bsmtp_client *c, const struct bsmtp_client_config *config,
+    void *out, size_t out_size, void *due, size_t due_size)
+{
+	memset(c, 0, sizeof *c);
+	c->config = config;
+	c->out = out;
+	c->out_size = out_size;
+	c->due = due;
+	c->due_size = due_size;
+	c->lockstep = mode_of(c)->waits_each;
+	c->first = true;
+	c->header = HEADER_MAX / 2;
+	expect(c, BSMTP_VERB_CONNECT);
+	if (mode_of(c)->waits_greeting || config->await_greeting)
+		c->state = CLIENT_GREETING;
+	else
+		write_opening(c, mode_of(c)->opening);
+}
+
+/* Between commands: whether the next one may be written. */
+static enum bsmtp_want want_command(const struct bsmtp_client *c, enum bsmtp_want want)
+{
+	if (c->lockstep && c->due_count > 0)
+		return BSMTP_WANT_REPLY;
+	if (client_room(c) < BSMTP_COMMAND_MAX)
+		return BSMTP_WANT_ROOM;
+	return c->due_count + DUE_RESERVE > c->due_size ? BSMTP_WANT_REPLY : want;
+}
+
+static enum bsmtp_want want_body(const struct bsmtp_client *c)
+{
+	if (c->due_count + 2 > c->due_size)
+		return BSMTP_WANT_REPLY;
+	if (client_room(c) >= HEADER_MAX + 4 || (c->chunk_open && c->ready == 0))
+		return BSMTP_WANT_BODY;
+	return BSMTP_WANT_ROOM;
+}
+
+enum bsmtp_want bsmtp_client_want(const struct bsmtp_client *c)
+{
+	switch ((enum client_state)c->state) {
+	case CLIENT_GREETING:
+	case CLIENT_OPENING:
+	case CLIENT_DATA:
+		return BSMTP_WANT_REPLY;
+	case CLIENT_GRACE:
+		return BSMTP_WANT_GRACE;
+	case CLIENT_MAIL:
+		return want_command(c, BSMTP_WANT_MAIL);
+	case CLIENT_RCPT:
+		return want_command(c, BSMTP_WANT_RCPT);
+	case CLIENT_BODY:
+		return want_body(c);
+	case CLIENT_SKIP:
+		return BSMTP_WANT_SKIP;
+	case CLIENT_QUIT:
+	case CLIENT_MUTE:
+		return c->due_count > 0 ? BSMTP_WANT_REPLY : BSMTP_WANT_NOTHING;
+	case CLIENT_OVER:
+		return BSMTP_WANT_NOTHING;
+	}
+	return BSMTP_WANT_NOTHING;
+}
+
+/* What may be used without having been offered: by prearrangement all of it,
+ * in the other manners nothing. */
+static unsigned client_keys(const struct bsmtp_client *c)
+{
+	if (c->opened || mode_of(c)->opening != BSMTP_VERB_BSMTP)
+		return c->offered;
+	return BSMTP_KEYS_ALL & ~(unsigned)BSMTP_KEY_BSMTP;
+}
+
+void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool utf8,
+    uint64_t size)
+{
+	char parameters[64];
+	struct text t = { parameters, 0, sizeof parameters - 1 };
+	unsigned keys = client_keys(c);
+
+	/* A refused DATA or BDAT may leave the transaction open (RFC 3030 2,
+	 * Exim 4.96), and in a stream that is not known yet. */
+	if (!c->first && c->unsure && !(c->offered & BSMTP_KEY_BSMTP))
+		write_line(c, BSMTP_VERB_RSET, slice_of("RSET"));
+	put_string(&t, ">");
+	if (keys & BSMTP_KEY_8BITMIME)
+		put_string(&t, " BODY=8BITMIME");
+	if (utf8 && (keys & BSMTP_KEY_SMTPUTF8))
+		put_string(&t, " SMTPUTF8");
+	if (size > 0 && (keys & BSMTP_KEY_SIZE)) {
+		put_string(&t, " SIZE=");
+		put_number(&t, size);
+	}
+	parameters[t.len] = '\0';
+	write_command(c, BSMTP_VERB_MAIL, "MAIL FROM:<", mailbox, parameters);
+	c->first = false;
+	c->unsure = c->writing = c->streamed = true;
+	c->state = CLIENT_RCPT;
+}
+
+void bsmtp_client_rcpt(struct bsmtp_client *c, struct bsmtp_slice mailbox)
+{
+	write_command(c, BSMTP_VERB_RCPT, "RCPT TO:<", mailbox, ">");
+}
+
+static bool use_bdat(const struct bsmtp_client *c)
+{
+	switch (c->config->framing) {
+	case BSMTP_FRAMING_BDAT:
+		return true;
+	case BSMTP_FRAMING_DATA:
+		return false;
+	case BSMTP_FRAMING_AUTO:
+	case BSMTP_FRAMINGS:
+		break;
+	}
+	return (client_keys(c) & BSMTP_KEY_CHUNKING) != 0;
+}
+
+/* A body behind a refused DATA would be run as commands, unless the server
+ * has said that it keeps the rule of BSMTP: 354 always. */
+static bool must_see_354(const struct bsmtp_client *c)
+{
+	return mode_of(c)->waits_354 || (!(c->offered & BSMTP_KEY_BSMTP) && !c->config->blind);
+}
+
+void bsmtp_client_data(struct bsmtp_client *c)
+{
+	/* Replies are in when in lockstep: do not offer a body to nobody. */
+	if (c->lockstep && c->rcpts_good == 0) {
+		c->state = CLIENT_SKIP;
+		return;
+	}
+	c->strays += c->encoder.strays;
+	memset(&c->encoder, 0, sizeof c->encoder);
+	c->body_octets = 0;
+	c->bdat = use_bdat(c);
+	c->encoder.dots = !c->bdat;
+	c->state = CLIENT_BODY;
+	if (!c->bdat) {
+		write_line(c, BSMTP_VERB_DATA, slice_of("DATA"));
+		if (must_see_354(c))
+			c->state = CLIENT_DATA;
+	}
+}
+
+/* A chunk's length is known when it is full, and its BDAT line stands before
+ * it: as much room is kept as the last such line took, which is nearly always
+ * right; else the chunk is moved. */
+static void open_chunk(struct bsmtp_client *c)
+{
+	c->made = c->ready + c->header;
+	c->chunk_open = true;
+}
+
+static void close_chunk(struct bsmtp_client *c, bool last)
+{
+	char line[HEADER_MAX];
+	struct text t = { line, 0, sizeof line };
+	size_t body = c->made - c->ready - c->header;
+
+	put_string(&t, "BDAT ");
+	put_number(&t, body);
+	put_string(&t, last ? " LAST\r\n" : "\r\n");
+	if (t.len != c->header)
+		memmove(c->out + c->ready + t.len, c->out + c->ready + c->header, body);
+	memcpy(c->out + c->ready, line, t.len);
+	c->header = t.len;
+	c->made = c->ready = c->ready + t.len + body;
+	c->chunk_open = false;
+	expect(c, last ? BSMTP_VERB_BODY : BSMTP_VERB_BDAT);
+	tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_COMMAND,
+	    slice(line, t.len - 2), 0);
+	tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_BODY, slice("", 0), body);
+}
+
+size_t bsmtp_client_body(struct bsmtp_client *c, const char *in, size_t len)
+{
+	size_t used = 0;
+
+	while (used < len && want_body(c) == BSMTP_WANT_BODY) {
+		size_t made;
+		if (c->bdat && !c->chunk_open)
+			open_chunk(c);
+		if (client_room(c) < 4) {
+			close_chunk(c, false);
+			continue;
+		}
+		used += bsmtp_encode(&c->encoder, c->out + c->made, client_room(c), &made,
+		    in + used, len - used);
+		c->made += made;
+		c->body_octets += made;
+		if (!c->bdat)
+			c->ready = c->made;
+	}
+	return used;
+}
+
+static void end_of_data(struct bsmtp_client *c)
+{
+	memcpy(c->out + c->made, ".\r\n", 3);
+	c->made += 3;
+	c->ready = c->made;
+	expect(c, BSMTP_VERB_BODY);
+	tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_BODY, slice("", 0),
+	    c->body_octets + 3);
+	c->writing = false;
+	/* Behind a body that 354 asked for, the transaction is over for sure. */
+	c->unsure = !must_see_354(c);
+}
+
+void bsmtp_client_body_end(struct bsmtp_client *c)
+{
+	size_t n;
+
+	if (c->bdat && !c->chunk_open)
+		open_chunk(c);
+	n = bsmtp_encode_end(&c->encoder, c->out + c->made);
+	c->made += n;
+	c->body_octets += n;
+	if (c->bdat)
+		close_chunk(c, true);
+	else
+		end_of_data(c);
+	c->writing = false;
+	c->state = CLIENT_MAIL;
+}
+
+void bsmtp_client_quit(struct bsmtp_client *c)
+{
+	write_line(c, BSMTP_VERB_QUIT, slice_of("QUIT"));
+	c->streamed = true;
+	c->state = CLIENT_QUIT;
+}
+
+const char *bsmtp_client_out(const struct bsmtp_client *c, size_t *len)
+{
+	bool mute = c->state == CLIENT_MUTE || c->state == CLIENT_OVER;
+
+	*len = mute ? 0 : c->ready - c->sent;
+	return c->out + c->sent;
+}
+
+void bsmtp_client_sent(struct bsmtp_client *c, size_t len)
+{
+	c->sent += len;
+	c->sent_total += len;
+	/* What is left moves to the front when it is only the open chunk, or
+	 * when half the buffer is gained: no octet moves more than a few times. */
+	if (c->sent == c->ready || c->sent >= c->out_size / 2) {
+		memmove(c->out, c->out + c->sent, c->made - c->sent);
+		c->made -= c->sent;
+		c->ready -= c->sent;
+		c->sent = 0;
+	}
+}
+
+/* ---- replies ---- */
+
+static enum bsmtp_fate fate_of(int code)
+{
+	return code / 100 == 2 ? BSMTP_DELIVERED : code / 100 == 4 ? BSMTP_DEFERRED :
+	    BSMTP_REJECTED;
+}
+
+/* Keeps the reply that decides about the message: the first refusal in order
+ * of MAIL, RCPT (of the last one, while none was good) and body; else the 2yz. */
+static void keep_verdict(struct bsmtp_client *c, const struct bsmtp_client_event *reply)
+{
+	struct text t = { c->verdict_text, 0, sizeof c->verdict_text };
+
+	c->verdict = *reply;
+	put(&t, reply->status);
+	c->verdict.status = slice(c->verdict_text, t.len);
+	put(&t, reply->text);
+	c->verdict.text = slice(c->verdict_text + reply->status.len, t.len - reply->status.len);
+}
+
+/* The fate as far as the replies go; `final` when the last of them is in. */
+static void give_fate(struct bsmtp_client *c, struct bsmtp_client_event *event, bool final)
+{
+	enum bsmtp_fate fate = c->verdict.code != 0 ? fate_of(c->verdict.code) : BSMTP_UNKNOWN;
+	bool nobody = !c->mail_bad && c->rcpts > 0 && c->rcpts_good == 0;
+	bool decided = c->mail_bad || nobody || c->verdict.code / 100 > 2;
+
+	if (nobody)
+		fate = c->rcpts_deferred > 0 ? BSMTP_DEFERRED : BSMTP_REJECTED;
+	if (!final && !decided)
+		fate = BSMTP_UNKNOWN;
+	*event = c->verdict;
+	if (fate == BSMTP_UNKNOWN)
+		event->code = 0;
+	event->type = BSMTP_CLIENT_MESSAGE;
+	event->fate = fate;
+	c->judging = false;
+}
+
+static void begin_judging(struct bsmtp_client *c)
+{
+	memset(&c->verdict, 0, sizeof c->verdict);
+	c->judging = true;
+	c->mail_bad = false;
+	c->rcpts = c->rcpts_good = c->rcpts_deferred = 0;
+}
+
+static void answer_mail(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	begin_judging(c);
+	if (event->code / 100 == 2)
+		return;
+	c->mail_bad = true;
+	keep_verdict(c, event);
+	if (c->lockstep && c->state == CLIENT_RCPT)
+		c->state = CLIENT_SKIP;
+}
+
+static void answer_rcpt(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	event->type = BSMTP_CLIENT_RCPT;
+	event->fate = fate_of(event->code);
+	event->rcpt = c->rcpts++;
+	if (event->fate == BSMTP_DELIVERED) {
+		c->rcpts_good++;
+		if (!c->mail_bad)
+			c->verdict.code = 0;
+	} else {
+		c->rcpts_deferred += event->fate == BSMTP_DEFERRED;
+		if (!c->mail_bad && c->rcpts_good == 0)
+			keep_verdict(c, event);
+	}
+}
+
+static void answer_data(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	if (event->code / 100 != 3) {
+		if (c->verdict.code == 0)
+			keep_verdict(c, event);
+		if (c->state == CLIENT_DATA)
+			c->state = CLIENT_SKIP;
+	} else if (c->state == CLIENT_DATA && (c->rcpts_good == 0 || c->mail_bad)) {
+		/* RFC 2920 3.1: nobody is left, but the server wants an end. */
+		end_of_data(c);
+		c->state = CLIENT_SKIP;
+	} else if (c->state == CLIENT_DATA) {
+		c->state = CLIENT_BODY;
+	}
+}
+
+/* The reply to the end of a body that was written, or to DATA alone. */
+static void answer_body(struct bsmtp_client *c, struct bsmtp_client_event *event, bool last)
+{
+	if (c->verdict.code == 0 && (last || event->code / 100 != 2))
+		keep_verdict(c, event);
+	if (!last)
+		return;
+	if (event->code / 100 == 2 && c->due_count == 0 && !c->writing)
+		c->unsure = false;
+	give_fate(c, event, true);
+}
+
+void bsmtp_client_skipped(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	memset(event, 0, sizeof *event);
+	if (c->writing)
+		give_fate(c, event, true);
+	c->writing = false;
+	c->state = CLIENT_MAIL;
+}
+
+static void refuse(struct bsmtp_client *c, struct bsmtp_client_event *event,
+    enum bsmtp_error error)
+{
+	event->type = BSMTP_CLIENT_REFUSED;
+	event->error = error;
+	event->late = c->streamed;
+	c->state = c->streamed ? CLIENT_MUTE : CLIENT_OVER;
+}
+
+static void fail(struct bsmtp_client *c, struct bsmtp_client_event *event,
+    enum bsmtp_error error)
+{
+	event->type = BSMTP_CLIENT_ERROR;
+	event->error = error;
+	c->state = CLIENT_OVER;
+}
+
+/* Neither consent nor refusal: by prearrangement it may be passed over. */
+static void neither(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	if (mode_of(c)->opening != BSMTP_VERB_BSMTP)
+		fail(c, event, BSMTP_E_OUT_OF_PLACE);
+}
+
+static void answer_greeting(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	int class = event->code / 100;
+
+	if (class >= 4) {
+		refuse(c, event, class == 4 ? BSMTP_E_DEFERRED : BSMTP_E_REFUSED);
+		return;
+	}
+	if (class != 2)
+		neither(c, event);
+	else
+		event->type = BSMTP_CLIENT_GREETING;
+	if (c->state == CLIENT_GREETING)
+		write_opening(c, mode_of(c)->opening);
+}
+
+static void answer_opening(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	int class = event->code / 100;
+
+	if (class == 2) {
+		event->type = BSMTP_CLIENT_OPENED;
+		event->late = c->streamed;
+		c->opened = true;
+		if (!(c->offered & BSMTP_KEY_PIPELINING) && mode_of(c)->opening != BSMTP_VERB_BSMTP)
+			c->lockstep = true;
+		if (c->state == CLIENT_OPENING || c->state == CLIENT_GRACE)
+			c->state = CLIENT_MAIL;
+	} else if (class == 5 && event->verb == BSMTP_VERB_EHLO && mode_of(c)->waits_each) {
+		write_opening(c, BSMTP_VERB_HELO);
+	} else if (class >= 4) {
+		refuse(c, event, class == 4 ? BSMTP_E_DEFERRED : BSMTP_E_REFUSED);
+	} else {
+		neither(c, event);
+	}
+}
+
+/* A keyword line of the opening's reply. */
+static void learn(struct bsmtp_client *c, struct bsmtp_slice text)
+{
+	size_t n = 0;
+
+	while (n < text.len && text.at[n] != ' ')
+		n++;
+	for (unsigned bit = 1; bit <= BSMTP_KEYS_ALL; bit <<= 1)
+		if (same(slice(text.at, n), bsmtp_keyword_name((enum bsmtp_keyword)bit)))
+			c->offered |= bit;
+}
+
+/* The last line of a reply, whatever it answers: by counting alone. */
+static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	bool opening;
+
+	if (c->due_count == 0) {
+		fail(c, event, event->code == 421 ? BSMTP_E_STOPPED : BSMTP_E_UNASKED);
+		return;
+	}
+	event->verb = (enum bsmtp_verb)c->due[c->due_first];
+	c->due_first = (c->due_first + 1) % c->due_size;
+	c->due_count--;
+	opening = event->verb <= BSMTP_VERB_BSMTP;
+	if (!opening && (event->code == 421 || (event->code == 221 && event->verb != BSMTP_VERB_QUIT))) {
+		fail(c, event, BSMTP_E_STOPPED);
+		return;
+	}
+	if (!opening && (event->code / 100 == 1 || (event->code / 100 == 3) !=
+	    (event->verb == BSMTP_VERB_DATA && event->code / 100 < 4))) {
+		fail(c, event, BSMTP_E_OUT_OF_PLACE);
+		return;
+	}
+	switch (event->verb) {
+	case BSMTP_VERB_CONNECT:
+		answer_greeting(c, event);
+		break;
+	case BSMTP_VERB_HELO:
+	case BSMTP_VERB_EHLO:
+	case BSMTP_VERB_BSMTP:
+		answer_opening(c, event);
+		break;
+	case BSMTP_VERB_MAIL:
+		answer_mail(c, event);
+		break;
+	case BSMTP_VERB_RCPT:
+		answer_rcpt(c, event);
+		break;
+	case BSMTP_VERB_DATA:
+		answer_data(c, event);
+		break;
+	case BSMTP_VERB_BDAT:
+		answer_body(c, event, false);
+		break;
+	case BSMTP_VERB_BODY:
+		answer_body(c, event, true);
+		break;
+	case BSMTP_VERB_QUIT:
+		event->type = BSMTP_CLIENT_QUIT;
+		c->state = CLIENT_OVER;
+		break;
+	default:                /* RSET: whatever it says, the next MAIL tells */
+		break;
+	}
+}
+
+/* One line of a reply; its event, when it is the last. */
+static void reply_line(struct bsmtp_client *c, const struct bsmtp_reply_line *line, size_t len,
+    struct bsmtp_client_event *event)
+{
+	unsigned verb = c->due_count > 0 ? c->due[c->due_first] : BSMTP_VERB_UNKNOWN;
+
+	c->reply_len += len;
+	if (c->reply_len > BSMTP_REPLY_MAX) {
+		fail(c, event, BSMTP_E_REPLY_LONG);
+		return;
+	}
+	if (c->reply_lines++ == 0)
+		c->reply_code = line->code;
+	else if (line->code != c->reply_code) {
+		fail(c, event, BSMTP_E_REPLY);
+		return;
+	} else if ((verb == BSMTP_VERB_EHLO || verb == BSMTP_VERB_BSMTP) && line->code / 100 == 2)
+		learn(c, line->text);
+	if (line->more)
+		return;
+	c->reply_lines = 0;
+	c->reply_len = 0;
+	event->code = line->code;
+	event->status = line->status;
+	event->text = line->text;
+	answer(c, event);
+}
+
+/* Gathers a line that came in pieces; returns the octets taken. */
+static size_t gather(char *line, size_t *have, size_t cap, const char *in, size_t len)
+{
+	size_t n = min_size(len, cap - *have);
+	const char *lf = n > 0 ? memchr(in, '\n', n) : NULL;
+
+	if (lf != NULL)
+		n = (size_t)(lf - in) + 1;
+	if (n > 0)
+		memcpy(line + *have, in, n);
+	*have += n;
+	return n;
+}
+
+/* Begins like a reply line, and has no end. */
+static bool is_endless(const char *at, size_t len)
+{
+	struct bsmtp_reply_line line;
+
+	return len >= BSMTP_REPLY_LINE_MAX && memchr(at, '\n', BSMTP_REPLY_LINE_MAX) == NULL &&
+	    bsmtp_reply_line_parse(&line, at, 4) == BSMTP_MORE;
+}
+
+size_t bsmtp_client_in(struct bsmtp_client *c, const char *in, size_t len,
+    struct bsmtp_client_event *event)
+{
+	size_t used = 0;
+
+	memset(event, 0, sizeof *event);
+	while (used < len && event->type == BSMTP_CLIENT_NONE) {
+		struct bsmtp_reply_line line;
+		const char *at = in + used;
+		size_t take = 0;
+		ptrdiff_t n;
+
+		if (c->state == CLIENT_OVER)
+			return len;
+		n = c->line_len == 0 ? bsmtp_reply_line_parse(&line, at, len - used) : BSMTP_MORE;
+		if (n == BSMTP_MORE) {
+			take = gather(c->line, &c->line_len, sizeof c->line, at, len - used);
+			at = c->line;
+			n = bsmtp_reply_line_parse(&line, at, c->line_len);
+		}
+		used += n > 0 && take == 0 ? (size_t)n : take;
+		if (n == BSMTP_MORE)
+			continue;
+		if (n == BSMTP_BAD) {
+			tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_REPLY,
+			    take > 0 ? slice(c->line, c->line_len) : slice(at, min_size(len - used, 80)), 0);
+			fail(c, event, is_endless(at, take > 0 ? c->line_len : len - used) ?
+			    BSMTP_E_REPLY_LONG : BSMTP_E_REPLY);
+			return len;
+		}
+		tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_REPLY,
+		    slice(at, (size_t)n - 2), 0);
+		c->line_len = 0;
+		reply_line(c, &line, (size_t)n, event);
+		if (event->verb == BSMTP_VERB_MAIL || event->verb == BSMTP_VERB_DATA)
+			break;          /* the caller may write again */
+	}
+	return used;
+}
+
+void bsmtp_client_grace_over(struct bsmtp_client *c)
+{
+	if (c->state == CLIENT_GRACE)
+		c->state = CLIENT_MAIL;
+}
+
+void bsmtp_client_closed(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	bool opening = !c->streamed && (c->state == CLIENT_GREETING ||
+	    c->state == CLIENT_OPENING || c->state == CLIENT_GRACE);
+
+	memset(event, 0, sizeof *event);
+	if (c->state == CLIENT_OVER || (c->state == CLIENT_MUTE && c->due_count == 0))
+		return;
+	if (opening && mode_of(c)->opening == BSMTP_VERB_BSMTP)
+		refuse(c, event, BSMTP_E_REFUSED);
+	else
+		fail(c, event, BSMTP_E_CLOSED);
+	c->state = CLIENT_OVER;
+}
+
+bool bsmtp_client_unsettled(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	memset(event, 0, sizeof *event);
+	c->state = CLIENT_OVER;
+	while (!c->judging) {
+		if (c->due_count == 0)
+			return false;
+		if (c->due[c->due_first] == BSMTP_VERB_MAIL)
+			begin_judging(c);
+		c->due_first = (c->due_first + 1) % c->due_size;
+		c->due_count--;
+	}
+	/* Recipients without a reply may yet have been taken. */
+	if (c->due_count > 0 && c->due[c->due_first] == BSMTP_VERB_RCPT && !c->mail_bad) {
+		c->rcpts = 0;
+		c->verdict.code = 0;
+	}
+	give_fate(c, event, false);
+	return true;
+}
+
+uint64_t bsmtp_client_position(const struct bsmtp_client *c)
+{
+	return c->sent_total + (c->made - c->sent);
+}
+
+uint64_t bsmtp_client_sent_total(const struct bsmtp_client *c)
+{
+	return c->sent_total;
+}
+
+unsigned bsmtp_client_offered(const struct bsmtp_client *c)
+{
+	return c->offered;
+}
+
+bool bsmtp_client_in_lockstep(const struct bsmtp_client *c)
+{
+	return c->lockstep;
+}
+
+uint64_t bsmtp_client_strays(const struct bsmtp_client *c)
+{
+	return c->strays + c->encoder.strays;
+}
+
+/* ==== 6 server engine ==================================================== */
+
+enum server_state {
+	SERVER_CONNECT,         /* the greeting is to be given */
+	SERVER_COMMAND,
+	SERVER_LONG,            /* inside a line too long: until its LF */
+	SERVER_DATA,            /* inside a body, until CRLF.CRLF */
+	SERVER_CHUNK,           /* inside a body, for so many octets */
+	SERVER_ENDED
+};
+
+/* Every reply of the server; up to INTERNAL in bsmtp.h's order. */
+enum {
+	ANSWER_GREETING = BSMTP_ANSWER_INTERNAL, ANSWER_HELO, ANSWER_EHLO, ANSWER_MAIL,
+	ANSWER_RCPT, ANSWER_DATA, ANSWER_CHUNK, ANSWER_RSET, ANSWER_NOOP, ANSWER_VRFY,
+	ANSWER_HELP, ANSWER_QUIT, ANSWER_CUSTOM, ANSWER_DROP, ANSWER_SILENT, ANSWER_UNKNOWN,
+	ANSWER_NOT_HERE, ANSWER_FOREIGN, ANSWER_LONG, ANSWER_NEWLINE, ANSWER_OCTET,
+	ANSWER_BAD_HELO, ANSWER_BAD_PATH, ANSWER_BAD_PARAMETER, ANSWER_NO_PARAMETER,
+	ANSWER_BAD_BDAT, ANSWER_NEEDS_UTF8, ANSWER_NO_HELLO, ANSWER_NESTED, ANSWER_NO_MAIL,
+	ANSWER_NO_RCPT, ANSWER_TOO_MANY, ANSWER_TOO_BIG, ANSWER_BARE_NEWLINE, ANSWER_NO_SMTP,
+	ANSWERS
+};
+
+static const struct {
+	const char *code, *text;
+} answers[ANSWERS] = {
+	[BSMTP_ANSWER_STORED] = { "250", "2.0.0 stored" },
+	[BSMTP_ANSWER_NO_SPACE] = { "452", "4.3.1 no space to store it" },
+	[BSMTP_ANSWER_STORE_FAILED] = { "451", "4.3.0 it could not be stored" },
+	[BSMTP_ANSWER_STOPPING] = { "421", "4.3.2 shutting down" },
+	[BSMTP_ANSWER_TIMEOUT] = { "421", "4.4.2 silent for too long" },
+	[BSMTP_ANSWER_BUSY] = { "421", "4.7.0 too many connections" },
+	[BSMTP_ANSWER_NOT_ALLOWED] = { "554", "5.7.1 not by prearrangement" },
+	[ANSWER_GREETING] = { "220", NULL },
+	[ANSWER_HELO] = { "250", NULL },
+	[ANSWER_EHLO] = { "250", NULL },
+	[ANSWER_MAIL] = { "250", "2.1.0 sender ok" },
+	[ANSWER_RCPT] = { "250", "2.1.5 recipient ok" },
+	[ANSWER_DATA] = { "354", "end with <CRLF>.<CRLF>" },
+	[ANSWER_CHUNK] = { "250", "2.0.0 chunk ok" },
+	[ANSWER_RSET] = { "250", "2.0.0 ok" },
+	[ANSWER_NOOP] = { "250", "2.0.0 ok" },
+	[ANSWER_VRFY] = { "252", "2.5.2 send it and see" },
+	[ANSWER_HELP] = { "214", "2.0.0 see RFC 5321, and bsmtp(7) for BSMTP" },
+	[ANSWER_QUIT] = { "221", "2.0.0 bye" },
+	[ANSWER_CUSTOM] = { NULL, NULL },
+	[ANSWER_DROP] = { NULL, NULL },
+	[ANSWER_SILENT] = { NULL, NULL },
+	[ANSWER_UNKNOWN] = { "500", "5.5.1 command not known" },
+	[ANSWER_NOT_HERE] = { "502", "5.5.1 not implemented" },
+	[ANSWER_FOREIGN] = { "554", "5.5.0 this is no web server" },
+	[ANSWER_LONG] = { "500", "5.5.2 line too long" },
+	[ANSWER_NEWLINE] = { "500", "5.5.2 lines end in CRLF" },
+	[ANSWER_OCTET] = { "500", "5.5.2 control character in the line" },
+	[ANSWER_BAD_HELO] = { "501", "5.5.4 a domain or an address literal is needed" },
+	[ANSWER_BAD_PATH] = { "501", "5.1.7 not an address: <local-part@domain> is needed" },
+	[ANSWER_BAD_PARAMETER] = { "501", "5.5.4 parameter malformed" },
+	[ANSWER_NO_PARAMETER] = { "555", "5.5.4 parameter not known" },
+	[ANSWER_BAD_BDAT] = { "501", "5.5.4 BDAT needs a length: closing, for what follows it has no end" },
+	[ANSWER_NEEDS_UTF8] = { "553", "5.6.7 the address needs SMTPUTF8" },
+	[ANSWER_NO_HELLO] = { "503", "5.5.1 say EHLO or BSMTP first" },
+	[ANSWER_NESTED] = { "503", "5.5.1 a transaction is open: RSET first" },
+	[ANSWER_NO_MAIL] = { "503", "5.5.1 no MAIL was accepted" },
+	[ANSWER_NO_RCPT] = { "554", "5.5.1 no valid recipients" },
+	[ANSWER_TOO_MANY] = { "452", "4.5.3 too many recipients" },
+	[ANSWER_TOO_BIG] = { "552", "5.3.4 message too big" },
+	[ANSWER_BARE_NEWLINE] = { "554", "5.6.0 bare CR or LF at offset " },
+	[ANSWER_NO_SMTP] = { "550", "5.7.1 BSMTP only" },
+};
+
+/* ---- faults on request ---- */
+
+/* * and ?, any case; iterative, so that no pattern costs more than len * len. */
+static bool glob_match(struct bsmtp_slice glob, struct bsmtp_slice s)
+{
+	size_t g = 0, i = 0, star = glob.len, mark = 0;
+
+	while (i < s.len) {
+		if (g < glob.len && glob.at[g] == '*') {
+			star = g++;
+			mark = i;
+		} else if (g < glob.len && (glob.at[g] == '?' || lower(glob.at[g]) == lower(s.at[i]))) {
+			g++;
+			i++;
+		} else if (star < glob.len) {
+			g = star + 1;
+			i = ++mark;
+		} else {
+			return false;
+		}
+	}
+	while (g < glob.len && glob.at[g] == '*')
+		g++;
+	return g == glob.len;
+}
+
+static const char *fault_action(struct bsmtp_fault *f, struct bsmtp_slice action,
+    struct bsmtp_slice *time)
+{
+	struct bsmtp_slice word = slice(action.at, min_size(action.len, 5));
+
+	f->action = BSMTP_FAULT_REPLY;
+	if (same(action, "drop")) {
+		f->action = BSMTP_FAULT_DROP;
+	} else if (same(action, "silent")) {
+		f->action = BSMTP_FAULT_SILENT;
+	} else if (same(word, "delay") && action.len > 6 && action.at[5] == ' ') {
+		f->action = BSMTP_FAULT_DELAY;
+		*time = trim(slice(action.at + 6, action.len - 6));
+	} else {
+		if (action.len < 3 || action.at[0] < '2' || action.at[0] > '5' ||
+		    !is_digit(action.at[1]) || !is_digit(action.at[2]) ||
+		    (action.len > 3 && action.at[3] != ' '))
+			return "the action is a reply (550 text), drop, silent or delay TIME";
+		if (action.len > 500)
+			return "the reply is too long";
+		for (size_t i = 0; i < action.len; i++)
+			if (action.at[i] >= 0 && action.at[i] < ' ')
+				return "the reply holds a control character";
+		f->reply = action;
+	}
+	return NULL;
+}
+
+const char *bsmtp_fault_parse(struct bsmtp_fault *f, struct bsmtp_slice spec,
+    struct bsmtp_slice *time)
+{
+	const char *equals = spec.len > 0 ? memchr(spec.at, '=', spec.len) : NULL;
+	struct bsmtp_slice head, verb;
+	size_t n = 0;
+
+	memset(f, 0, sizeof *f);
+	*time = slice("", 0);
+	if (equals == NULL)
+		return "it has the form VERB[#N][ GLOB]=ACTION";
+	head = slice(spec.at, (size_t)(equals - spec.at));
+	while (n < head.len && head.at[n] != '#' && head.at[n] != ' ')
+		n++;
+	verb = slice(head.at, n);
+	f->verb = BSMTP_VERBS;
+	for (int v = 0; v < BSMTP_VERB_FOREIGN; v++)
+		if (same(verb, bsmtp_verb_name((enum bsmtp_verb)v)))
+			f->verb = (enum bsmtp_verb)v;
+	if (f->verb == BSMTP_VERBS)
+		return "the verb is not known (a command, CONNECT or BODY)";
+	if (n < head.len && head.at[n] == '#') {
+		ptrdiff_t used = bsmtp_number_parse(&f->nth, head.at + n + 1, head.len - n - 1);
+		if (used <= 0 || f->nth == 0)
+			return "a number from 1 on is needed behind #";
+		n += 1 + (size_t)used;
+	}
+	f->glob = trim(slice(head.at + n, head.len - n));
+	if (f->glob.len > 0 && head.at[n] != ' ')
+		return "a space is needed before the pattern";
+	return fault_action(f, trim(slice(equals + 1, (size_t)(spec.at + spec.len - equals) - 1)), time);
+}
+
+static struct bsmtp_fault *find_fault(struct bsmtp_server *s, enum bsmtp_verb verb,
+    struct bsmtp_slice argument)
+{
+	for (size_t i = 0; i < s->config->fault_count; i++) {
+		struct bsmtp_fault *f = &s->config->faults[i];
+		if (f->verb != verb || (f->glob.len > 0 && !glob_match(f->glob, argument)))
+			continue;
+		if (++f->seen == f->nth || f->nth == 0)
+			return f;
+	}
+	return NULL;
+}
+
+/* ---- replies held ---- */
+
+static struct bsmtp_held *held_at(const struct bsmtp_server *s, uint64_t ticket)
+{
+	return &s->held[ticket % s->held_size];
+}
+
+static uint64_t owe(struct bsmtp_server *s, unsigned answer, uint64_t argument)
+{
+	*held_at(s, s->held_next) = (struct bsmtp_held){ argument, (unsigned short)answer, false };
+	return s->held_next++;
+}
+
+static void end_with(struct bsmtp_server *s, enum bsmtp_end end)
+{
+	s->state = SERVER_ENDED;
+	if (s->end == BSMTP_END_OPEN)
+		s->end = (unsigned char)end;
+}
+
+/* What a fault puts in place of a reply. */
+static unsigned fault_answer(struct bsmtp_server *s, const struct bsmtp_fault *f,
+    uint64_t *argument)
+{
+	*argument = (uint64_t)(f - s->config->faults);
+	(void)s;
+	return f->action == BSMTP_FAULT_DROP ? ANSWER_DROP :
+	    f->action == BSMTP_FAULT_SILENT ? ANSWER_SILENT : ANSWER_CUSTOM;
+}
+
+static unsigned offered(const struct bsmtp_server *s)
+{
+	unsigned keys = s->config->keywords;
+
+	if (!s->allowed || s->config->opening == BSMTP_OPENING_UNKNOWN)
+		keys &= ~(unsigned)BSMTP_KEY_BSMTP;
+	return keys;
+}
+
+static void put_reply(struct text *t, const char *code, bool more, const char *text)
+{
+	put_string(t, code);
+	put_string(t, more ? "-" : " ");
+	put_string(t, text);
+	put_string(t, "\r\n");
+}
+
+static void put_ehlo(struct bsmtp_server *s, struct text *t)
+{
+	unsigned keys = offered(s);
+
+	put_reply(t, "250", keys != 0, s->config->hostname);
+	for (unsigned bit = 1; bit <= keys; bit <<= 1) {
+		if (!(keys & bit))
+			continue;
+		put_string(t, (keys & ~(bit * 2 - 1)) ? "250-" : "250 ");
+		put_string(t, bsmtp_keyword_name((enum bsmtp_keyword)bit));
+		if (bit == BSMTP_KEY_SIZE) {
+			put_string(t, " ");
+			put_number(t, s->config->max_size);
+		}
+		put_string(t, "\r\n");
+	}
+}
+
+static void put_answer(struct bsmtp_server *s, struct text *t, const struct bsmtp_held *h)
+{
+	switch (h->answer) {
+	case ANSWER_GREETING:
+		put_string(t, "220 ");
+		put_string(t, s->config->hostname);
+		put_string(t, " ESMTP bsmtp\r\n");
+		break;
+	case ANSWER_HELO:
+		put_reply(t, "250", false, s->config->hostname);
+		break;
+	case ANSWER_EHLO:
+		put_ehlo(s, t);
+		break;
+	case ANSWER_CUSTOM:
+		put(t, s->config->faults[h->argument].reply);
+		put_string(t, "\r\n");
+		break;
+	case ANSWER_BARE_NEWLINE:
+		put_string(t, "554 5.6.0 bare CR or LF at offset ");
+		put_number(t, h->argument);
+		put_string(t, "\r\n");
+		break;
+	case ANSWER_DROP:
+	case ANSWER_SILENT:
+		break;
+	default:
+		put_reply(t, answers[h->answer].code, false, answers[h->answer].text);
+	}
+}
+
+static void tap_replies(struct bsmtp_server *s, struct bsmtp_slice text)
+{
+	const char *lf;
+
+	while (s->config->tap != NULL && text.len > 0) {
+		lf = memchr(text.at, '\n', text.len);
+		size_t n = (size_t)(lf - text.at) + 1;
+		s->config->tap(s->tap_context, BSMTP_TAP_REPLY, slice(text.at, n - 2), 0);
+		text = slice(text.at + n, text.len - n);
+	}
+}
+
+size_t bsmtp_server_out(struct bsmtp_server *s, char *out, size_t cap, bool *closed)
+{
+	char one[BSMTP_SERVER_OUT_MIN];
+	size_t made = 0;
+
+	*closed = s->dropped;
+	while (!s->dropped && s->held_first < s->held_next) {
+		const struct bsmtp_held *h = held_at(s, s->held_first);
+		struct text t = { one, 0, sizeof one };
+		if (h->open)
+			break;
+		put_answer(s, &t, h);
+		if (t.len > cap - made)
+			break;
+		memcpy(out + made, one, t.len);
+		made += t.len;
+		tap_replies(s, slice(one, t.len));
+		if (h->answer == ANSWER_DROP) {
+			*closed = s->dropped = true;
+			end_with(s, BSMTP_END_ERROR);
+		}
+		s->held_first++;
+	}
+	return made;
+}
+
+void bsmtp_server_settle(struct bsmtp_server *s, uint64_t ticket, enum bsmtp_answer answer)
+{
+	struct bsmtp_held *h = held_at(s, ticket);
+
+	if (answer != BSMTP_ANSWER_STORED)
+		h->answer = (unsigned short)answer;
+	h->open = false;
+}
+
+size_t bsmtp_server_owed(const struct bsmtp_server *s)
+{
+	return (size_t)(s->held_next - s->held_first);
+}
+
+void bsmtp_server_lend(struct bsmtp_server *s, struct bsmtp_held *held, size_t held_size)
+{
+	for (uint64_t i = s->held_first; i < s->held_next; i++)
+		held[i % held_size] = *held_at(s, i);
+	s->held = held;
+	s->held_size = held_size;
+}
+
+/* ---- transactions ---- */
+
+static void reset_transaction(struct bsmtp_server *s)
+{
+	s->mail_tried = s->mail_ok = s->utf8 = s->chunks = false;
+	s->rcpts = 0;
+	s->verdict = 0;
+	s->size = 0;
+	memset(&s->decoder, 0, sizeof s->decoder);
+	memset(&s->newlines, 0, sizeof s->newlines);
+	s->newlines.normalize = s->config->normalize;
+}
+
+/* Forgets the transaction under way, and tells the caller if it knew of one. */
+static void abort_transaction(struct bsmtp_server *s, struct bsmtp_server_event *event)
+{
+	if (s->mail_ok)
+		event->type = BSMTP_SERVER_ABORT;
+	reset_transaction(s);
+}
+
+static void condemn(struct bsmtp_server *s, unsigned answer, uint64_t argument)
+{
+	if (s->verdict != 0)
+		return;
+	s->verdict = (unsigned short)answer;
+	s->verdict_argument = argument;
+}
+
+/* The body is whole; nothing of what was refused before cut it short. */
+static void finish_body(struct bsmtp_server *s, struct bsmtp_server_event *event)
+{
+	struct bsmtp_fault *f = NULL;
+	uint64_t argument = 0;
+	unsigned answer = BSMTP_ANSWER_STORED;
+
+	tap_line(s->config->tap, s->tap_context, BSMTP_TAP_BODY, slice("", 0), s->wire);
+	s->wire = 0;
+	s->state = SERVER_COMMAND;
+	if (s->newlines.bad && !s->config->normalize)
+		condemn(s, ANSWER_BARE_NEWLINE, s->newlines.bad_at);
+	if (s->verdict == 0 && !s->resumed) {
+		f = find_fault(s, BSMTP_VERB_BODY, slice("", 0));
+		if (f != NULL && f->action == BSMTP_FAULT_DELAY) {
+			event->type = BSMTP_SERVER_DELAY;
+			event->number = f->delay_ms;
+			s->state = SERVER_CHUNK;        /* of no more octets: comes here again */
+			s->chunk = 0;
+			s->last = s->resumed = true;
+			return;
+		}
+	}
+	s->resumed = false;
+	if (f != NULL) {
+		answer = fault_answer(s, f, &argument);
+		if (f->action == BSMTP_FAULT_REPLY && f->reply.at[0] != '2')
+			condemn(s, answer, argument);
+	}
+	if (s->verdict != 0) {
+		owe(s, s->verdict, s->verdict_argument);
+		abort_transaction(s, event);
+		return;
+	}
+	event->type = BSMTP_SERVER_MESSAGE;
+	event->ticket = owe(s, answer, argument);
+	held_at(s, event->ticket)->open = true;
+	reset_transaction(s);
+}
+
+static void begin_body(struct bsmtp_server *s)
+{
+	if (!s->mail_ok)
+		condemn(s, ANSWER_NO_MAIL, 0);
+	else if (s->rcpts == 0)
+		condemn(s, ANSWER_NO_RCPT, 0);
+}
+
+/* Octets of the body, as they are in the message: counted, watched, given. */
+static size_t body_text(struct bsmtp_server *s, const char *in, size_t len,
+    struct bsmtp_server_event *event)
+{
+	size_t used = bsmtp_newlines(&s->newlines, in, len, &event->text);
+
+	s->size += used;
+	if (s->size > s->config->max_size)
+		condemn(s, ANSWER_TOO_BIG, 0);
+	if (s->verdict == 0 && event->text.len > 0)
+		event->type = BSMTP_SERVER_TEXT;
+	return used;
+}
+
+/* Before the end of a body: a CR that was withheld. */
+static bool body_tail(struct bsmtp_server *s, struct bsmtp_server_event *event)
+{
+	bsmtp_newlines_end(&s->newlines, &event->text);
+	if (event->text.len == 0 || s->verdict != 0)
+		return false;
+	event->type = BSMTP_SERVER_TEXT;
+	return true;
+}
+
+/* The end of a body is reached, its last octets given. */
+static void end_of_body(struct bsmtp_server *s, struct bsmtp_server_event *event)
+{
+	if (!body_tail(s, event))
+		finish_body(s, event);
+}
+
+/* One step in a body under DATA.  When the newlines took less than the decoder
+ * gave, it is set back: a decoder does not care where its input is cut. */
+static size_t in_data(struct bsmtp_server *s, const char *in, size_t len,
+    struct bsmtp_server_event *event)
+{
+	struct bsmtp_decoder before = s->decoder;
+	struct bsmtp_slice text;
+	size_t used, taken;
+
+	if (s->decoder.ended) {
+		end_of_body(s, event);
+		return 0;
+	}
+	used = bsmtp_decode(&s->decoder, in, len, &text);
+	taken = body_text(s, text.at, text.len, event);
+	if (taken < text.len) {
+		size_t lead = (size_t)(text.at - in);
+		s->decoder = before;
+		used = taken > 0 ? bsmtp_decode(&s->decoder, in, lead + taken, &text) : 0;
+	}
+	s->wire += used;
+	return used;
+}
+
+/* One step in a body under BDAT; a chunk of no octets ends at once. */
+static size_t in_chunk(struct bsmtp_server *s, const char *in, size_t len,
+    struct bsmtp_server_event *event)
+{
+	size_t used;
+
+	if (s->chunk > 0) {
+		used = body_text(s, in, len < s->chunk ? len : (size_t)s->chunk, event);
+		s->chunk -= used;
+		s->wire += used;
+		return used;
+	}
+	if (s->last) {
+		end_of_body(s, event);
+		return 0;
+	}
+	tap_line(s->config->tap, s->tap_context, BSMTP_TAP_BODY, slice("", 0), s->wire);
+	s->wire = 0;
+	owe(s, s->verdict != 0 ? s->verdict : ANSWER_CHUNK, s->verdict_argument);
+	s->state = SERVER_COMMAND;
+	return 0;
+}
+
+/* ---- verbs ---- */
+
+struct call {                   /* one command, being carried out */
+	enum bsmtp_verb verb;
+	struct bsmtp_slice argument;            /* behind the verb and a space */
+	unsigned custom;        /* 0, or the answer of a fault in place of 2yz */
+	uint64_t custom_argument;
+	struct bsmtp_server_event *event;
+};
+
+/* The 2yz of a command, or what a fault put in its place. */
+static void accept_call(struct bsmtp_server *s, const struct call *call, unsigned answer)
+{
+	if (call->custom != 0)
+		owe(s, call->custom, call->custom_argument);
+	else
+		owe(s, answer, 0);
+}
+
+static void act_hello(struct bsmtp_server *s, struct call *call)
+{
+	struct bsmtp_slice name = trim(call->argument);
+	size_t n = 0;
+
+	while (n < name.len && name.at[n] != ' ')
+		n++;
+	if (!bsmtp_domain_valid(slice(name.at, n), true) ||
+	    (n < name.len && call->verb != BSMTP_VERB_BSMTP)) {
+		owe(s, ANSWER_BAD_HELO, 0);
+		return;
+	}
+	if (n < name.len) {             /* no opening-param is known yet */
+		owe(s, ANSWER_NO_PARAMETER, 0);
+		return;
+	}
+	if (s->config->no_smtp && call->verb != BSMTP_VERB_BSMTP) {
+		owe(s, ANSWER_NO_SMTP, 0);
+		return;
+	}
+	s->aborting = s->mail_ok;
+	reset_transaction(s);
+	s->hello = (unsigned char)call->verb;
+	call->event->type = BSMTP_SERVER_HELLO;
+	call->event->text = slice(name.at, n);
+	accept_call(s, call, call->verb == BSMTP_VERB_HELO ? ANSWER_HELO : ANSWER_EHLO);
+}
+
+static void act_bsmtp(struct bsmtp_server *s, struct call *call)
+{
+	switch (s->config->opening) {
+	case BSMTP_OPENING_SILENT:
+		call->custom = ANSWER_SILENT;
+		break;
+	case BSMTP_OPENING_REFUSE:
+		owe(s, BSMTP_ANSWER_NOT_ALLOWED, 0);
+		end_with(s, BSMTP_END_REFUSED);
+		return;
+	case BSMTP_OPENING_CLOSE:
+		owe(s, ANSWER_DROP, 0);
+		end_with(s, BSMTP_END_REFUSED);
+		return;
+	case BSMTP_OPENING_UNKNOWN:
+		owe(s, ANSWER_UNKNOWN, 0);
+		return;
+	case BSMTP_OPENING_ACCEPT:
+	case BSMTP_OPENINGS:
+		break;
+	}
+	act_hello(s, call);
+}
+
+/* The parameters of MAIL: 0, or the answer that refuses them. */
+static unsigned mail_parameters(struct bsmtp_server *s, struct bsmtp_slice rest,
+    struct bsmtp_server_event *event)
+{
+	while (rest.len > 0) {
+		struct bsmtp_parameter p;
+		uint64_t size = 0;
+		ptrdiff_t used = bsmtp_parameter_parse(&p, rest.at, rest.len);
+		unsigned keys = s->hello == BSMTP_VERB_HELO ? 0 : s->config->keywords;
+		if (used <= 0)
+			return ANSWER_BAD_PARAMETER;
+		rest = slice(rest.at + used, rest.len - (size_t)used);
+		if (same(p.keyword, "SIZE") && (keys & BSMTP_KEY_SIZE)) {
+			if (p.value.at == NULL || bsmtp_number_parse(&size, p.value.at, p.value.len) !=
+			    (ptrdiff_t)p.value.len)
+				return ANSWER_BAD_PARAMETER;
+			if (size > s->config->max_size)
+				return ANSWER_TOO_BIG;
+		} else if (same(p.keyword, "BODY") && (keys & BSMTP_KEY_8BITMIME)) {
+			if (!same(p.value, "8BITMIME") && !same(p.value, "7BIT"))
+				return ANSWER_BAD_PARAMETER;
+			event->eightbit = same(p.value, "8BITMIME");
+		} else if (same(p.keyword, "SMTPUTF8") && p.value.at == NULL &&
+		    (keys & BSMTP_KEY_SMTPUTF8)) {
+			event->utf8 = true;
+		} else {
+			return ANSWER_NO_PARAMETER;
+		}
+	}
+	return 0;
+}
+
+/* Behind "FROM:" or "TO:"; spaces before the path are common, and harmless. */
+static bool path_argument(struct bsmtp_slice *argument, const char *word)
+{
+	size_t n = strlen(word);
+
+	if (argument->len < n || !same(slice(argument->at, n), word))
+		return false;
+	*argument = trim(slice(argument->at + n, argument->len - n));
+	return true;
+}
+
+static void act_mail(struct bsmtp_server *s, struct call *call)
+{
+	struct bsmtp_slice rest = call->argument, path = slice("", 0);
+	unsigned refusal = 0;
+	ptrdiff_t used;
+
+	if (s->config->stopping) {
+		owe(s, BSMTP_ANSWER_STOPPING, 0);
+		end_with(s, BSMTP_END_QUIT);
+		return;
+	}
+	if (s->mail_ok || s->chunks) {
+		owe(s, ANSWER_NESTED, 0);
+		return;
+	}
+	s->mail_tried = true;
+	used = path_argument(&rest, "FROM:") ? bsmtp_path_parse(&path, rest.at, rest.len,
+	    BSMTP_PATH_NULL | BSMTP_PATH_UTF8) : BSMTP_BAD;
+	if (s->hello == 0 && s->config->opening != BSMTP_OPENING_UNKNOWN)
+		refusal = ANSWER_NO_HELLO;
+	else if (used <= 0)
+		refusal = ANSWER_BAD_PATH;
+	else
+		refusal = mail_parameters(s, slice(rest.at + used, rest.len - (size_t)used), call->event);
+	if (refusal == 0 && bsmtp_has_8bit(path) && !call->event->utf8)
+		refusal = ANSWER_NEEDS_UTF8;
+	if (refusal != 0) {
+		owe(s, refusal, 0);
+		return;
+	}
+	s->mail_ok = true;
+	s->utf8 = call->event->utf8;
+	call->event->type = BSMTP_SERVER_MAIL;
+	call->event->text = path;
+	accept_call(s, call, ANSWER_MAIL);
+}
+
+static void act_rcpt(struct bsmtp_server *s, struct call *call)
+{
+	struct bsmtp_slice rest = call->argument, path = slice("", 0);
+	ptrdiff_t used = path_argument(&rest, "TO:") ? bsmtp_path_parse(&path, rest.at, rest.len,
+	    BSMTP_PATH_POSTMASTER | BSMTP_PATH_UTF8) : BSMTP_BAD;
+	unsigned refusal = 0;
+
+	if (!s->mail_ok || s->chunks)
+		refusal = s->chunks ? ANSWER_NESTED : ANSWER_NO_MAIL;
+	else if (used <= 0)
+		refusal = ANSWER_BAD_PATH;
+	else if ((size_t)used < rest.len)
+		refusal = ANSWER_NO_PARAMETER;
+	else if (bsmtp_has_8bit(path) && !s->utf8)
+		refusal = ANSWER_NEEDS_UTF8;
+	else if (s->rcpts >= s->config->max_recipients)
+		refusal = ANSWER_TOO_MANY;
+	if (refusal != 0) {
+		owe(s, refusal, 0);
+		return;
+	}
+	s->rcpts++;
+	call->event->type = BSMTP_SERVER_RCPT;
+	call->event->text = path;
+	accept_call(s, call, ANSWER_RCPT);
+}
+
+/* DATA is answered 354 whatever was refused before, and its body read to the
+ * end: RFC 2920 3.1 has clients ready for it, and only so can a body sent blind
+ * never be run as commands.  Only where no MAIL was even tried, in an ordinary
+ * session, can no body be on its way. */
+static void act_data(struct bsmtp_server *s, struct call *call)
+{
+	if (s->chunks) {
+		owe(s, ANSWER_NESTED, 0);
+		return;
+	}
+	if (!s->mail_tried && s->hello != BSMTP_VERB_BSMTP) {
+		owe(s, ANSWER_NO_MAIL, 0);
+		return;
+	}
+	accept_call(s, call, ANSWER_DATA);
+	if (call->custom != 0 && s->config->faults[call->custom_argument].action ==
+	    BSMTP_FAULT_REPLY && s->config->faults[call->custom_argument].reply.at[0] != '3')
+		return;
+	begin_body(s);
+	s->state = SERVER_DATA;
+}
+
+static void act_bdat(struct bsmtp_server *s, struct call *call)
+{
+	struct bsmtp_slice rest = trim(call->argument);
+	ptrdiff_t used = bsmtp_number_parse(&s->chunk, rest.at, rest.len);
+
+	if (used > 0)
+		rest = trim(slice(rest.at + used, rest.len - (size_t)used));
+	s->last = same(rest, "LAST");
+	if (used <= 0 || (rest.len > 0 && !s->last) || s->chunk > INT64_MAX) {
+		owe(s, ANSWER_BAD_BDAT, 0);
+		end_with(s, BSMTP_END_ERROR);
+		return;
+	}
+	begin_body(s);
+	if (!(s->config->keywords & BSMTP_KEY_CHUNKING))
+		condemn(s, ANSWER_NOT_HERE, 0);
+	if (call->custom == ANSWER_SILENT || (call->custom == ANSWER_CUSTOM &&
+	    s->config->faults[call->custom_argument].reply.at[0] > '3'))
+		condemn(s, call->custom, call->custom_argument);
+	s->chunks = true;
+	s->state = SERVER_CHUNK;
+}
+
+static void act_rset(struct bsmtp_server *s, struct call *call)
+{
+	abort_transaction(s, call->event);
+	accept_call(s, call, ANSWER_RSET);
+}
+
+static void act_quit(struct bsmtp_server *s, struct call *call)
+{
+	abort_transaction(s, call->event);
+	accept_call(s, call, ANSWER_QUIT);
+	end_with(s, BSMTP_END_QUIT);
+}
+
+static void act_simple(struct bsmtp_server *s, struct call *call)
+{
+	accept_call(s, call, call->verb == BSMTP_VERB_NOOP ? ANSWER_NOOP :
+	    call->verb == BSMTP_VERB_VRFY ? ANSWER_VRFY :
+	    call->verb == BSMTP_VERB_HELP ? ANSWER_HELP :
+	    call->verb == BSMTP_VERB_EXPN ? ANSWER_NOT_HERE : ANSWER_UNKNOWN);
+}
+
+static void act_foreign(struct bsmtp_server *s, struct call *call)
+{
+	abort_transaction(s, call->event);
+	owe(s, ANSWER_FOREIGN, 0);
+	end_with(s, BSMTP_END_ERROR);
+}
+
+/* One row a verb. */
+static const struct verb {
+	const char *name;
+	void (*act)(struct bsmtp_server *s, struct call *call);
+} verbs[BSMTP_VERBS] = {
+	[BSMTP_VERB_CONNECT] = { "CONNECT", act_foreign },      /* a proxy's, as a command */
+	[BSMTP_VERB_HELO] = { "HELO", act_hello },
+	[BSMTP_VERB_EHLO] = { "EHLO", act_hello },
+	[BSMTP_VERB_BSMTP] = { "BSMTP", act_bsmtp },
+	[BSMTP_VERB_MAIL] = { "MAIL", act_mail },
+	[BSMTP_VERB_RCPT] = { "RCPT", act_rcpt },
+	[BSMTP_VERB_DATA] = { "DATA", act_data },
+	[BSMTP_VERB_BDAT] = { "BDAT", act_bdat },
+	[BSMTP_VERB_BODY] = { "BODY", act_simple },
+	[BSMTP_VERB_RSET] = { "RSET", act_rset },
+	[BSMTP_VERB_NOOP] = { "NOOP", act_simple },
+	[BSMTP_VERB_VRFY] = { "VRFY", act_simple },
+	[BSMTP_VERB_EXPN] = { "EXPN", act_simple },
+	[BSMTP_VERB_HELP] = { "HELP", act_simple },
+	[BSMTP_VERB_QUIT] = { "QUIT", act_quit },
+	[BSMTP_VERB_FOREIGN] = { "HTTP", act_foreign },
+	[BSMTP_VERB_UNKNOWN] = { "unknown", act_simple },
+};
+
+/* Pages in a browser can be made to post to any port; such a body must not be
+ * searched for commands. */
+static const char *const foreign[] = { "GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE" };
+
+static enum bsmtp_verb verb_of(struct bsmtp_slice word)
+{
+	for (int v = 0; v < BSMTP_VERB_FOREIGN; v++)
+		if (v != BSMTP_VERB_BODY && same(word, verbs[v].name))
+			return (enum bsmtp_verb)v;
+	for (size_t i = 0; i < COUNT(foreign); i++)
+		if (same(word, foreign[i]))
+			return BSMTP_VERB_FOREIGN;
+	return BSMTP_VERB_UNKNOWN;
+}
+
+/* What a fault's GLOB is matched with. */
+static struct bsmtp_slice fault_argument(const struct call *call)
+{
+	struct bsmtp_slice rest = call->argument, path = rest;
+
+	if (call->verb != BSMTP_VERB_MAIL && call->verb != BSMTP_VERB_RCPT)
+		return trim(rest);
+	if (path_argument(&rest, call->verb == BSMTP_VERB_MAIL ? "FROM:" : "TO:"))
+		(void)bsmtp_path_parse(&path, rest.at, rest.len,
+		    BSMTP_PATH_NULL | BSMTP_PATH_POSTMASTER | BSMTP_PATH_UTF8);
+	return path;
+}
+
+/* Whether a fault leaves the command to its row: those that refuse do not, but
+ * for BDAT, whose chunk follows in any case. */
+static bool fault_permits(struct bsmtp_server *s, struct call *call, const struct bsmtp_fault *f)
+{
+	call->custom = fault_answer(s, f, &call->custom_argument);
+	if (f->action == BSMTP_FAULT_DROP) {
+		abort_transaction(s, call->event);
+		owe(s, ANSWER_DROP, 0);
+		end_with(s, BSMTP_END_ERROR);
+		return false;
+	}
+	if (f->action == BSMTP_FAULT_SILENT || f->reply.at[0] < '4' || call->verb == BSMTP_VERB_BDAT)
+		return true;
+	s->mail_tried = s->mail_tried || call->verb == BSMTP_VERB_MAIL;
+	owe(s, call->custom, call->custom_argument);
+	if (memcmp(f->reply.at, "421", 3) == 0) {
+		abort_transaction(s, call->event);
+		end_with(s, BSMTP_END_ERROR);
+	}
+	return false;
+}
+
+/* Carries out the command in line, which has no CRLF any more. */
+static void command(struct bsmtp_server *s, struct bsmtp_slice line,
+    struct bsmtp_server_event *event)
+{
+	struct call call = { .event = event };
+	struct bsmtp_fault *f;
+	size_t n = 0;
+
+	while (n < line.len && line.at[n] != ' ')
+		n++;
+	call.verb = verb_of(slice(line.at, n));
+	call.argument = n < line.len ? slice(line.at + n + 1, line.len - n - 1) : slice(line.at + n, 0);
+	f = s->resumed ? NULL : find_fault(s, call.verb, fault_argument(&call));
+	s->resumed = false;
+	if (f != NULL && f->action == BSMTP_FAULT_DELAY) {
+		event->type = BSMTP_SERVER_DELAY;
+		event->number = f->delay_ms;
+		memmove(s->line, line.at, line.len);
+		s->line_len = line.len;
+		s->resumed = true;
+	} else if (f == NULL || fault_permits(s, &call, f)) {
+		verbs[call.verb].act(s, &call);
+	}
+}
+
+/* A line is whole, its LF included. */
+static void command_line(struct bsmtp_server *s, struct bsmtp_slice line,
+    struct bsmtp_server_event *event)
+{
+	bool crlf = line.len >= 2 && line.at[line.len - 2] == '\r';
+
+	line.len -= crlf ? 2 : 1;
+	tap_line(s->config->tap, s->tap_context, BSMTP_TAP_COMMAND, line, 0);
+	if (!crlf) {
+		owe(s, ANSWER_NEWLINE, 0);
+		return;
+	}
+	for (size_t i = 0; i < line.len; i++)
+		if ((line.at[i] >= 0 && line.at[i] < ' ') || line.at[i] == 127) {
+			owe(s, ANSWER_OCTET, 0);
+			return;
+		}
+	while (line.len > 0 && line.at[line.len - 1] == ' ')
+		line.len--;
+	command(s, line, event);
+}
+
+static size_t in_command(struct bsmtp_server *s, const char *in, size_t len,
+    struct bsmtp_server_event *event)
+{
+	size_t window = min_size(len, BSMTP_COMMAND_MAX), n;
+	const char *lf;
+
+	if (s->resumed) {
+		n = s->line_len;
+		s->line_len = 0;
+		command(s, slice(s->line, n), event);
+		return 0;
+	}
+	lf = s->line_len == 0 && window > 0 ? memchr(in, '\n', window) : NULL;
+	if (lf != NULL) {
+		n = (size_t)(lf - in) + 1;
+		command_line(s, slice(in, n), event);
+		return n;
+	}
+	n = gather(s->line, &s->line_len, sizeof s->line, in, len);
+	if (s->line_len > 0 && s->line[s->line_len - 1] == '\n') {
+		window = s->line_len;
+		s->line_len = 0;
+		command_line(s, slice(s->line, window), event);
+	} else if (s->line_len == sizeof s->line) {
+		s->line_len = 0;
+		s->state = SERVER_LONG;
+	}
+	return n;
+}
+
+static size_t in_long(struct bsmtp_server *s, const char *in, size_t len)
+{
+	const char *lf = len > 0 ? memchr(in, '\n', len) : NULL;
+
+	if (lf == NULL)
+		return len;
+	owe(s, ANSWER_LONG, 0);
+	s->state = SERVER_COMMAND;
+	return (size_t)(lf - in) + 1;
+}
+
+/* The first step of all: the greeting, or the door shut. */
+static void greet(struct bsmtp_server *s, struct bsmtp_server_event *event)
+{
+	struct bsmtp_fault *f = NULL;
+	uint64_t argument = 0;
+	unsigned answer = ANSWER_GREETING;
+
+	if (!s->resumed)
+		f = find_fault(s, BSMTP_VERB_CONNECT, slice("", 0));
+	s->resumed = false;
+	if (f != NULL && f->action == BSMTP_FAULT_DELAY) {
+		event->type = BSMTP_SERVER_DELAY;
+		event->number = f->delay_ms;
+		s->resumed = true;
+		return;
+	}
+	s->state = SERVER_COMMAND;
+	if (f != NULL)
+		answer = fault_answer(s, f, &argument);
+	if (!s->allowed)
+		answer = BSMTP_ANSWER_NOT_ALLOWED;
+	owe(s, answer, argument);
+	if (!s->allowed || answer == ANSWER_DROP ||
+	    (answer == ANSWER_CUSTOM && f->reply.at[0] > '3'))
+		end_with(s, BSMTP_END_REFUSED);
+}
+
+void bsmtp_server_init(struct bsmtp_server *s, struct bsmtp_server_config *config, bool allowed,
+    struct bsmtp_held *held, size_t held_size)
+{
+	memset(s, 0, sizeof *s);
+	s->config = config;
+	s->allowed = allowed;
+	s->held = held;
+	s->held_size = held_size;
+	s->state = SERVER_CONNECT;
+	reset_transaction(s);
+}
+
+size_t bsmtp_server_in(struct bsmtp_server *s, const char *in, size_t len,
+    struct bsmtp_server_event *event)
+{
+	size_t used = 0;
+
+	memset(event, 0, sizeof *event);
+	if (s->aborting) {              /* a hello in mid-transaction was two events */
+		s->aborting = false;
+		event->type = BSMTP_SERVER_ABORT;
+		return 0;
+	}
+	while (event->type == BSMTP_SERVER_MORE) {
+		const char *at = in + used;
+		size_t left = len - used;
+		bool empty_step = s->resumed || s->decoder.ended;
+
+		if (s->state == SERVER_ENDED) {
+			event->type = BSMTP_SERVER_END;
+			return len;
+		}
+		if (bsmtp_server_owed(s) + 2 > s->held_size) {
+			event->type = BSMTP_SERVER_FULL;
+			return used;
+		}
+		if (left == 0 && !empty_step && s->state != SERVER_CONNECT &&
+		    !(s->state == SERVER_CHUNK && s->chunk == 0))
+			return used;
+		switch ((enum server_state)s->state) {
+		case SERVER_CONNECT:
+			greet(s, event);
+			break;
+		case SERVER_COMMAND:
+			used += in_command(s, at, left, event);
+			break;
+		case SERVER_LONG:
+			used += in_long(s, at, left);
+			break;
+		case SERVER_DATA:
+			used += in_data(s, at, left, event);
+			break;
+		case SERVER_CHUNK:
+			used += in_chunk(s, at, left, event);
+			break;
+		case SERVER_ENDED:
+			break;
+		}
+	}
+	return used;
+}
+
+static void end_session(struct bsmtp_server *s, enum bsmtp_end end,
+    struct bsmtp_server_event *event)
+{
+	memset(event, 0, sizeof *event);
+	event->type = BSMTP_SERVER_END;
+	abort_transaction(s, event);
+	end_with(s, end);
+}
+
+void bsmtp_server_eof(struct bsmtp_server *s, struct bsmtp_server_event *event)
+{
+	end_session(s, BSMTP_END_EOF, event);
+}
+
+void bsmtp_server_stop(struct bsmtp_server *s, enum bsmtp_answer reason,
+    struct bsmtp_server_event *event)
+{
+	if (s->state != SERVER_ENDED && bsmtp_server_owed(s) < s->held_size)
+		owe(s, reason, 0);
+	end_session(s, reason == BSMTP_ANSWER_TIMEOUT ? BSMTP_END_TIMEOUT :
+	    reason == BSMTP_ANSWER_STOPPING ? BSMTP_END_QUIT : BSMTP_END_REFUSED, event);
+}
+
+enum bsmtp_end bsmtp_server_end(const struct bsmtp_server *s)
+{
+	return (enum bsmtp_end)s->end;
+}
+
+enum bsmtp_verb bsmtp_server_hello(const struct bsmtp_server *s)
+{
+	return (enum bsmtp_verb)s->hello;
+}
+
+/* ==== 7 names ============================================================ */
+
+/* The word at index i of a table; "?" where there is none. */
+static const char *word_at(const char *const *table, size_t count, unsigned i)
+{
+	return i < count && table[i] != NULL ? table[i] : "?";
+}
+
+const char *bsmtp_mode_name(enum bsmtp_mode mode)
+{
+	return (unsigned)mode < BSMTP_MODES ? modes[mode].name : "?";
+}
+
+const char *bsmtp_framing_name(enum bsmtp_framing framing)
+{
+	static const char *const words[] = { "auto", "bdat", "data" };
+	return word_at(words, COUNT(words), framing);
+}
+
+const char *bsmtp_fate_name(enum bsmtp_fate fate)
+{
+	static const char *const words[] = {
+		[BSMTP_UNSENT] = "unsent", [BSMTP_UNKNOWN] = "unknown",
+		[BSMTP_DELIVERED] = "delivered", [BSMTP_DEFERRED] = "deferred",
+		[BSMTP_REJECTED] = "rejected",
+	};
+	return word_at(words, COUNT(words), fate);
+}
+
+const char *bsmtp_keyword_name(enum bsmtp_keyword keyword)
+{
+	static const char *const words[] = { "BSMTP", "PIPELINING", "8BITMIME", "SMTPUTF8",
+		"CHUNKING", "ENHANCEDSTATUSCODES", "SIZE" };
+	unsigned i = 0;
+
+	while (i < COUNT(words) && (unsigned)keyword != 1u << i)
+		i++;
+	return word_at(words, COUNT(words), i);
+}
+
+const char *bsmtp_error_text(enum bsmtp_error error)
+{
+	static const char *const words[] = {
+		[BSMTP_OK] = "no error",
+		[BSMTP_E_REFUSED] = "the server refused the session",
+		[BSMTP_E_DEFERRED] = "the server refused the session for now",
+		[BSMTP_E_REPLY] = "the server sent something that is no SMTP reply",
+		[BSMTP_E_REPLY_LONG] = "the server sent a reply without end",
+		[BSMTP_E_UNASKED] = "the server sent a reply to nothing",
+		[BSMTP_E_OUT_OF_PLACE] = "the server sent a reply that cannot answer the command",
+		[BSMTP_E_STOPPED] = "the server ended the session",
+		[BSMTP_E_CLOSED] = "the server closed the connection with replies due",
+	};
+	return word_at(words, COUNT(words), error);
+}
+
+const char *bsmtp_verb_name(enum bsmtp_verb verb)
+{
+	return (unsigned)verb < BSMTP_VERBS ? verbs[verb].name : "?";
+}
+
+const char *bsmtp_opening_name(enum bsmtp_opening opening)
+{
+	static const char *const words[] = { "accept", "silent", "refuse", "close", "unknown" };
+	return word_at(words, COUNT(words), opening);
+}
+
+const char *bsmtp_end_name(enum bsmtp_end end)
+{
+	static const char *const words[] = { "open", "quit", "eof", "timeout", "refused", "error" };
+	return word_at(words, COUNT(words), end);
+}
+
+#ifndef BSMTP_NO_MAIN
+/* ======== the wall: below it, the operating system ======================== */
+
+/* What the command line and the environment asked for; set once. */
+struct list {
+	char **items;
+	size_t count, room;
+};
+
+struct cidr {
+	unsigned char address[16];      /* IPv4 as ::ffff:a.b.c.d */
+	unsigned bits;
+};
+
+enum format { FORMAT_AUTO, FORMAT_MESSAGE, FORMAT_MBOX, FORMAT_MAILDIR };
+enum store_kind { STORE_MAILDIR, STORE_EML, STORE_DISCARD };
+
+static struct options {
+	bool json, trace;
+	uint64_t timeout_ms;
+	struct list operands;
+	/* send */
+	char *server, *from, *helo;
+	struct list to;
+	bool to_headers, mboxo, await_greeting, blind;
+	unsigned format, mode, framing, family;
+	bool grace_given;
+	uint64_t grace_ms, stop_after;
+	/* listen */
+	unsigned store;
+	char *store_path;
+	struct cidr *allow;
+	size_t allow_count;
+	bool no_smtp, normalize, once, deadline_given;
+	char *hostname, *address_file;
+	uint64_t max_size, max_recipients, max_connections, max_per_peer;
+	uint64_t count, deadline_ms, latency_ms, cut_octets, cut_messages;
+	unsigned opening, keywords;
+	struct bsmtp_fault *faults;
+	size_t fault_count;
+} options;
+
+static void diag(const char *format, ...) PRINTF_LIKE(1, 2);
+
+static void die_of_memory(void)
+{
+	diag("out of memory");
+	exit(EX_OSERR);
+}
+
+static void *grow(void *memory, size_t size)
+{
+	void *p = realloc(memory, size);
+
+	if (p == NULL)
+		die_of_memory();
+	return p;
+}
+
+static char *copy_slice(struct bsmtp_slice s)
+{
+	char *copy = grow(NULL, s.len + 1);
+
+	if (s.len > 0)
+		memcpy(copy, s.at, s.len);
+	copy[s.len] = '\0';
+	return copy;
+}
+
+static void list_add(struct list *list, struct bsmtp_slice item)
+{
+	if (list->count == list->room) {
+		list->room = list->room * 2 + 4;
+		list->items = grow(list->items, list->room * sizeof *list->items);
+	}
+	list->items[list->count++] = copy_slice(item);
+}
+
+static void list_free(struct list *list)
+{
+	for (size_t i = 0; i < list->count; i++)
+		free(list->items[i]);
+	free(list->items);
+	memset(list, 0, sizeof *list);
+}
+
+static int64_t now_us(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+/* ==== 8 link ============================================================= */
+
+struct address {
+	char host[256], port[32];
+	bool local;             /* host is the path of a UNIX socket */
+};
+
+/* host, host:port, [v6]:port, :port, unix:/path; false if it is none. */
+static bool parse_address(struct address *a, const char *text)
+{
+	const char *colon = strrchr(text, ':'), *port = "2525";
+	size_t n = strlen(text);
+
+	memset(a, 0, sizeof *a);
+	if (strncmp(text, "unix:", 5) == 0) {
+		a->local = true;
+		text += 5;
+		n -= 5;
+		if (n == 0 || n >= sizeof ((struct sockaddr_un *)0)->sun_path)
+			return false;
+		memcpy(a->host, text, n);
+		return true;
+	}
+	if (text[0] == '[') {
+		const char *close = strchr(text, ']');
+		if (close == NULL || (close[1] != '\0' && close[1] != ':'))
+			return false;
+		if (close[1] == ':')
+			port = close + 2;
+		n = (size_t)(close - text) - 1;
+		text++;
+	} else if (colon != NULL && strchr(text, ':') == colon) {
+		port = colon + 1;
+		n = (size_t)(colon - text);
+	}
+	if (n >= sizeof a->host || *port == '\0' || strlen(port) >= sizeof a->port)
+		return false;
+	memcpy(a->host, n > 0 ? text : "localhost", n > 0 ? n : sizeof "localhost");
+	memcpy(a->port, port, strlen(port));
+	return true;
+}
+
+static socklen_t local_address(struct sockaddr_un *un, const char *path)
+{
+	memset(un, 0, sizeof *un);
+	un->sun_family = AF_UNIX;
+	memcpy(un->sun_path, path, min_size(strlen(path), sizeof un->sun_path - 1));
+	return (socklen_t)sizeof *un;
+}
+
+/* "127.0.0.1:2525", "[::1]:2525", or "unix" with the path that is known. */
+static void name_address(char *out, size_t size, const struct sockaddr *sa, socklen_t len)
+{
+	char host[64], port[16];
+
+	if (sa->sa_family == AF_UNIX) {
+		const struct sockaddr_un *un = (const struct sockaddr_un *)(const void *)sa;
+		bool named = len > offsetof(struct sockaddr_un, sun_path) && un->sun_path[0] == '/';
+		snprintf(out, size, "unix:%s", named ? un->sun_path : "");
+	} else if (getnameinfo(sa, len, host, sizeof host, port, sizeof port,
+	    NI_NUMERICHOST | NI_NUMERICSERV) == 0) {
+		snprintf(out, size, sa->sa_family == AF_INET6 ? "[%s]:%s" : "%s:%s", host, port);
+	} else {
+		snprintf(out, size, "?");
+	}
+}
+
+static bool set_flags(int fd)
+{
+	int one = 1;
+
+	/* Replies and the ends of streams must not wait for an ACK; that it
+	 * fails on a UNIX socket does not matter. */
+	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	return fcntl(fd, F_SETFD, FD_CLOEXEC) == 0 &&
+	    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) == 0;
+}
+
+enum { LINK_AGAIN = -1, LINK_FAILED = -2 };
+
+/* Octets moved; 0 at the end of input; LINK_AGAIN, LINK_FAILED with errno. */
+static ssize_t link_result(ssize_t n)
+{
+	if (n >= 0)
+		return n;
+	return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ? LINK_AGAIN : LINK_FAILED;
+}
+
+static ssize_t link_read(int fd, char *in, size_t len)
+{
+	return link_result(recv(fd, in, min_size(len, IO_MAX), 0));
+}
+
+static ssize_t link_write(int fd, const char *out, size_t len)
+{
+	return link_result(send(fd, out, min_size(len, IO_MAX), MSG_NOSIGNAL));
+}
+
+static int start_connect(const struct sockaddr *sa, socklen_t len)
+{
+	int fd = socket(sa->sa_family, SOCK_STREAM, 0), saved;
+
+	if (fd < 0)
+		return -1;
+	if (set_flags(fd) && (connect(fd, sa, len) == 0 || errno == EINPROGRESS))
+		return fd;
+	saved = errno;
+	close(fd);
+	errno = saved;
+	return -1;
+}
+
+/* Tries all addresses, a new one each 250 ms and whenever one fails, in the
+ * manner of RFC 8305; the first that answers wins.  Returns a socket, or -1
+ * with errno. */
+static int connect_any(const struct addrinfo *next, int64_t timeout_us)
+{
+	enum { TRIES = 16, STAGGER_US = 250000 };
+	struct pollfd tries[TRIES];
+	nfds_t count = 0;
+	int64_t end = now_us() + timeout_us, start_next = 0;
+	int won = -1, error = ETIMEDOUT;
+
+	while (won < 0 && now_us() < end && (next != NULL || count > 0)) {
+		int64_t now = now_us();
+		if (next != NULL && count < TRIES && (now >= start_next || count == 0)) {
+			int fd = start_connect(next->ai_addr, next->ai_addrlen);
+			if (fd >= 0)
+				tries[count++] = (struct pollfd){ fd, POLLOUT, 0 };
+			else
+				error = errno;
+			next = next->ai_next;
+			start_next = now + STAGGER_US;
+			continue;
+		}
+		if (poll(tries, count, (int)((next != NULL ? STAGGER_US : end - now) / 1000) + 1) < 0 &&
+		    errno != EINTR)
+			break;
+		for (nfds_t i = 0; i < count && won < 0; i++) {
+			socklen_t len = sizeof error;
+			int said = 0;
+			if (tries[i].revents == 0)
+				continue;
+			if (getsockopt(tries[i].fd, SOL_SOCKET, SO_ERROR, &said, &len) == 0 && said == 0) {
+				won = tries[i].fd;
+				tries[i].fd = -1;
+			} else {
+				error = said;
+				close(tries[i].fd);
+				tries[i--] = tries[--count];
+				start_next = 0;
+			}
+		}
+	}
+	for (nfds_t i = 0; i < count; i++)
+		if (tries[i].fd >= 0)
+			close(tries[i].fd);
+	errno = error;
+	return won;
+}
+
+static int resolve(const struct address *a, bool passive, struct addrinfo **found)
+{
+	struct addrinfo hints;
+
+	memset(&hints, 0, sizeof hints);
+	hints.ai_family = options.family == 4 ? AF_INET : options.family == 6 ? AF_INET6 : AF_UNSPEC;
+	hints.ai_socktype = SOCK_STREAM;
+	hints.ai_flags = passive ? AI_PASSIVE : 0;
+	return getaddrinfo(a->host, a->port, &hints, found);
+}
+
+/* ==== 9 sources ========================================================== */
+
+enum { HEAD_MAX = 256 << 10 };
+
+enum got { GOT_DATA, GOT_WAIT, GOT_END, GOT_ERROR };
+
+/* Messages out of the operands, one after the other.  The window is what was
+ * read and not yet used; the head is a copy of the message's header, which is
+ * looked at before anything of it is sent. */
+struct source {
+	size_t operand;
+	int fd;
+	bool opened, regular, eof, in_message, head_done, ended;
+	enum format format;
+	char name[1024];
+	DIR *dir;
+	char dir_path[1000];
+	int dir_stage;
+	struct bsmtp_mbox mbox;
+	uint64_t offset;                /* of window[start] in the file */
+	size_t start, end;
+	struct bsmtp_slice text;        /* of the message, in the window */
+	/* the message */
+	uint64_t message_offset, size;
+	char sender[BSMTP_FROM_LINE_MAX];
+	bool has_sender;
+	size_t head_len, head_given, head_scan;
+	char *head;                     /* HEAD_MAX */
+	char *window;                   /* WINDOW_SIZE */
+	int status;                     /* the worst exit status so far */
+};
+
+static void worst(int *status, int other);
+
+static void input_error(struct source *s, int status, const char *why)
+{
+	diag("%s: %s", s->name[0] != '\0' ? s->name : "input", why);
+	worst(&s->status, status);
+}
+
+static void source_close(struct source *s)
+{
+	if (s->opened && s->fd > STDIN_FILENO)
+		close(s->fd);
+	s->opened = false;
+}
+
+static bool source_start(struct source *s, int fd)
+{
+	struct stat st;
+
+	if (fd < 0 || fstat(fd, &st) != 0) {
+		input_error(s, EX_NOINPUT, strerror(errno));
+		if (fd > STDIN_FILENO)
+			close(fd);
+		return false;
+	}
+	s->fd = fd;
+	s->opened = true;
+	s->regular = S_ISREG(st.st_mode);
+	s->size = s->regular ? (uint64_t)st.st_size : 0;
+	s->eof = s->in_message = s->ended = false;
+	s->offset = 0;
+	s->start = s->end = 0;
+	s->text.len = 0;
+	memset(&s->mbox, 0, sizeof s->mbox);
+	s->mbox.mboxo = options.mboxo;
+	return true;
+}
+
+/* The next file of the Maildir under way: cur, then new. */
+static bool next_in_maildir(struct source *s)
+{
+	static const char *const stages[] = { "cur", "new" };
+
+	while (s->dir != NULL || s->dir_stage < 2) {
+		struct dirent *entry;
+		char path[sizeof s->dir_path + 4];
+		if (s->dir == NULL) {
+			snprintf(path, sizeof path, "%s/%s", s->dir_path, stages[s->dir_stage++]);
+			s->dir = opendir(path);
+			if (s->dir == NULL && errno != ENOENT) {
+				snprintf(s->name, sizeof s->name, "%s", path);
+				input_error(s, EX_NOINPUT, strerror(errno));
+			}
+			continue;
+		}
+		errno = 0;
+		entry = readdir(s->dir);
+		if (entry == NULL) {
+			closedir(s->dir);
+			s->dir = NULL;
+			continue;
+		}
+		if (entry->d_name[0] == '.')
+			continue;
+		if ((size_t)snprintf(s->name, sizeof s->name, "%s/%s/%s", s->dir_path,
+		    stages[s->dir_stage - 1], entry->d_name) >= sizeof s->name)
+			continue;
+		s->format = FORMAT_MESSAGE;
+		if (source_start(s, open(s->name, O_RDONLY | O_CLOEXEC)))
+			return true;
+	}
+	return false;
+}
+
+static bool is_directory(const char *path)
+{
+	struct stat st;
+
+	return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+/* A Maildir is a folder that has cur or new. */
+static void open_maildir(struct source *s, const char *path)
+{
+	char sub[1100];
+	bool is = false;
+
+	snprintf(s->dir_path, sizeof s->dir_path, "%s", path);
+	snprintf(sub, sizeof sub, "%s/cur", path);
+	is = is_directory(sub);
+	snprintf(sub, sizeof sub, "%s/new", path);
+	is = is || is_directory(sub);
+	s->dir_stage = is ? 0 : 2;
+	if (!is)
+		input_error(s, options.format == FORMAT_MAILDIR && !is_directory(path) ?
+		    EX_NOINPUT : EX_DATAERR, "no Maildir: it has neither cur nor new");
+}
+
+static bool source_open(struct source *s)
+{
+	size_t count = options.operands.count > 0 ? options.operands.count : 1;
+
+	for (;;) {
+		const char *path;
+		if (next_in_maildir(s))
+			return true;
+		if (s->operand == count)
+			return false;
+		path = options.operands.count > 0 ? options.operands.items[s->operand] : "-";
+		s->operand++;
+		snprintf(s->name, sizeof s->name, "%s", path);
+		s->format = (enum format)options.format;
+		if (strcmp(path, "-") == 0) {
+			if (source_start(s, STDIN_FILENO))
+				return true;
+		} else if (is_directory(path) || s->format == FORMAT_MAILDIR) {
+			open_maildir(s, path);
+		} else if (source_start(s, open(path, O_RDONLY | O_CLOEXEC))) {
+			return true;
+		}
+	}
+}
+
+/* Reads once, where that does not block. */
+static enum got source_fill(struct source *s)
+{
+	struct pollfd p = { s->fd, POLLIN, 0 };
+	ssize_t n;
+
+	if (s->start > 0 && (s->start == s->end || s->end == WINDOW_SIZE)) {
+		memmove(s->window, s->window + s->start, s->end - s->start);
+		s->end -= s->start;
+		s->start = 0;
+	}
+	if (!s->regular && poll(&p, 1, 0) == 0)
+		return GOT_WAIT;
+	n = read(s->fd, s->window + s->end, min_size(WINDOW_SIZE - s->end, IO_MAX));
+	if (n < 0 && (errno == EINTR || errno == EAGAIN))
+		return GOT_WAIT;
+	if (n < 0) {
+		input_error(s, EX_NOINPUT, strerror(errno));
+		return GOT_ERROR;
+	}
+	s->eof = n == 0;
+	s->end += (size_t)n;
+	return GOT_DATA;
+}
+
+static void source_use(struct source *s, size_t n)
+{
+	s->start += n;
+	s->offset += n;
+}
+
+/* Tells by its first octets what the file is: GOT_END when it is nothing. */
+static enum got detect(struct source *s)
+{
+	const char *in = s->window + s->start;
+	size_t len = s->end - s->start;
+	struct bsmtp_slice sender;
+	struct bsmtp_field field;
+	ptrdiff_t from, name;
+
+	if (len == 0 && s->eof)
+		return GOT_END;
+	from = len > 0 ? bsmtp_from_line_parse(&sender, in, len) : BSMTP_MORE;
+	name = len > 0 ? bsmtp_field_parse(&field, in, len, s->eof) : BSMTP_MORE;
+	if (from > 0) {
+		s->format = FORMAT_MBOX;
+	} else if (name > 0 || (name == BSMTP_MORE && memchr(in, ':', len) != NULL)) {
+		s->format = FORMAT_MESSAGE;
+	} else if ((from == BSMTP_MORE || name == BSMTP_MORE) && !s->eof && len < WINDOW_SIZE) {
+		return GOT_WAIT;
+	} else {
+		input_error(s, EX_DATAERR, "no mail: it begins neither with a header field nor with "
+		    "a From_ line (--format message sends it as it is)");
+		return GOT_ERROR;
+	}
+	return GOT_DATA;
+}
+
+/* The next step of the splitter: text, or the message's begin or end. */
+static enum got mbox_step(struct source *s, enum bsmtp_mbox_event *event)
+{
+	struct bsmtp_slice out;
+	size_t used;
+
+	for (;;) {
+		uint64_t at = s->offset;
+		*event = bsmtp_mbox_next(&s->mbox, s->window + s->start, s->end - s->start, s->eof,
+		    &used, &out);
+		source_use(s, used);
+		if (*event == BSMTP_MBOX_TEXT)
+			s->text = out;
+		if (*event == BSMTP_MBOX_BEGIN) {
+			s->message_offset = at;
+			s->has_sender = true;
+			snprintf(s->sender, sizeof s->sender, "%.*s", (int)out.len, out.at);
+		}
+		if (*event != BSMTP_MBOX_NEED)
+			return GOT_DATA;
+		enum got got = source_fill(s);
+		if (got != GOT_DATA)
+			return got;
+	}
+}
+
+/* Sees to it that s->text holds octets of the message. */
+static enum got raw_text(struct source *s)
+{
+	while (s->text.len == 0) {
+		enum bsmtp_mbox_event event;
+		enum got got = GOT_DATA;
+		if (s->ended)
+			return GOT_END;
+		if (s->format == FORMAT_MBOX) {
+			got = mbox_step(s, &event);
+			if (got == GOT_DATA && event != BSMTP_MBOX_TEXT)
+				s->ended = true;
+		} else if (s->start < s->end) {
+			s->text = slice(s->window + s->start, s->end - s->start);
+			source_use(s, s->text.len);
+		} else if (s->eof) {
+			s->ended = true;
+		} else {
+			got = source_fill(s);
+		}
+		if (got != GOT_DATA)
+			return got;
+	}
+	return GOT_DATA;
+}
+
+/* Copies octets to the head until its blank line; that, and what follows in
+ * the same run, may be copied too. */
+static enum got fill_head(struct source *s)
+{
+	while (!s->head_done) {
+		enum got got = raw_text(s);
+		size_t n;
+		if (got == GOT_WAIT || got == GOT_ERROR)
+			return got;
+		if (got == GOT_END || s->head_len == HEAD_MAX) {
+			s->head_done = true;
+			break;
+		}
+		n = min_size(min_size(s->text.len, HEAD_MAX - s->head_len), 2048);
+		memcpy(s->head + s->head_len, s->text.at, n);
+		s->head_len += n;
+		s->text = slice(s->text.at + n, s->text.len - n);
+		while (!s->head_done && s->head_scan < s->head_len) {
+			const char *line = s->head + s->head_scan;
+			size_t left = s->head_len - s->head_scan;
+			const char *lf = memchr(line, '\n', left);
+			if (lf == NULL)
+				break;
+			s->head_done = lf == line || (lf == line + 1 && line[0] == '\r');
+			if (!s->head_done)
+				s->head_scan += (size_t)(lf - line) + 1;
+		}
+	}
+	return GOT_DATA;
+}
+
+/* Begins the next message, its header in the head.  GOT_ERROR: this file is
+ * given up, call again for the next; GOT_END: there are no more. */
+static enum got source_next(struct source *s)
+{
+	for (;;) {
+		enum bsmtp_mbox_event event = BSMTP_MBOX_BEGIN;
+		enum got got = GOT_DATA;
+		if (!s->opened && !source_open(s))
+			return GOT_END;
+		if (!s->in_message) {
+			if (s->start == s->end && !s->eof)
+				got = source_fill(s);
+			if (got == GOT_DATA && s->format == FORMAT_AUTO)
+				got = detect(s);
+			else if (got == GOT_DATA && s->format == FORMAT_MESSAGE && s->start == s->end &&
+			    s->eof)
+				got = GOT_END;
+			if (got == GOT_WAIT && s->format == FORMAT_AUTO && s->start < s->end &&
+			    !s->eof && (got = source_fill(s)) == GOT_DATA)
+				continue;
+			if (got == GOT_DATA && s->format == FORMAT_AUTO)
+				continue;
+			s->has_sender = false;
+			s->message_offset = s->offset;
+			if (got == GOT_DATA && s->format == FORMAT_MBOX)
+				got = mbox_step(s, &event);
+			if (got == GOT_DATA && event == BSMTP_MBOX_BAD) {
+				input_error(s, EX_DATAERR, "no mbox: it does not begin with a From_ line");
+				got = GOT_ERROR;
+			}
+			if (got == GOT_WAIT)
+				return got;
+			if (got != GOT_DATA || event != BSMTP_MBOX_BEGIN) {
+				source_close(s);
+				if (got == GOT_ERROR)
+					return got;
+				continue;
+			}
+			s->in_message = true;
+			s->ended = s->head_done = false;
+			s->head_len = s->head_given = s->head_scan = 0;
+		}
+		got = fill_head(s);
+		if (got == GOT_ERROR)
+			source_close(s);
+		return got;
+	}
+}
+
+/* Octets of the message to be sent now: the head, then the rest. */
+static enum got source_text(struct source *s, struct bsmtp_slice *text)
+{
+	enum got got = GOT_DATA;
+
+	if (s->head_given < s->head_len) {
+		*text = slice(s->head + s->head_given, s->head_len - s->head_given);
+		return GOT_DATA;
+	}
+	got = raw_text(s);
+	*text = s->text;
+	return got;
+}
+
+static void source_taken(struct source *s, size_t n)
+{
+	if (s->head_given < s->head_len)
+		s->head_given += n;
+	else
+		s->text = slice(s->text.at + n, s->text.len - n);
+}
+
+/* The message is done with; a single message's file too. */
+static void source_done(struct source *s)
+{
+	s->in_message = false;
+	s->text.len = 0;
+	if (s->format != FORMAT_MBOX)
+		source_close(s);
+}
+
+/* ---- what the header says ---- */
+
+struct header {
+	char sender[BSMTP_MAILBOX_MAX + 1], id[256];
+	bool has_sender, utf8, bad_recipient;
+	struct list to;
+};
+
+/* The first address of a field; false if there is none that is valid. */
+static bool first_address(const struct bsmtp_field *f, char *out)
+{
+	struct bsmtp_slice list = f->body;
+	char address[BSMTP_MAILBOX_MAX];
+	size_t len;
+
+	if (bsmtp_address_next(&list, address, &len) != 1 ||
+	    !bsmtp_mailbox_valid(slice(address, len), true))
+		return false;
+	memcpy(out, address, len);
+	out[len] = '\0';
+	return true;
+}
+
+static void add_addresses(struct header *h, struct bsmtp_slice list)
+{
+	char address[BSMTP_MAILBOX_MAX];
+	size_t len;
+	int found;
+
+	while ((found = bsmtp_address_next(&list, address, &len)) == 1) {
+		if (bsmtp_mailbox_valid(slice(address, len), true))
+			list_add(&h->to, slice(address, len));
+		else
+			found = -1;
+		if (found < 0)
+			break;
+	}
+	h->bad_recipient = h->bad_recipient || found < 0;
+}
+
+static bool is_recipient_field(const struct bsmtp_field *f, bool resent)
+{
+	static const char *const names[] = { "To", "Cc", "Bcc", "Resent-To", "Resent-Cc",
+		"Resent-Bcc" };
+
+	for (size_t i = resent ? 3 : 0; i < (resent ? 6u : 3u); i++)
+		if (bsmtp_field_is(f, names[i]))
+			return true;
+	return false;
+}
+
+/* Takes the Bcc fields out of the head; every other octet stays. */
+static void drop_bcc(struct source *s)
+{
+	size_t at = 0, kept = 0;
+	struct bsmtp_field f;
+	ptrdiff_t n;
+
+	while ((n = bsmtp_field_parse(&f, s->head + at, s->head_len - at, true)) > 0) {
+		if (!bsmtp_field_is(&f, "Bcc") && !bsmtp_field_is(&f, "Resent-Bcc")) {
+			memmove(s->head + kept, s->head + at, (size_t)n);
+			kept += (size_t)n;
+		}
+		at += (size_t)n;
+	}
+	memmove(s->head + kept, s->head + at, s->head_len - at);
+	s->head_len -= at - kept;
+}
+
+/* Reads the head: Return-Path before Sender before From, recipients, Message-ID. */
+static void read_header(struct source *s, struct header *h)
+{
+	static const char *const senders[] = { "Return-Path", "Sender", "From" };
+	size_t best = COUNT(senders), at = 0;
+	struct bsmtp_field f;
+	bool resent = false;
+	ptrdiff_t n;
+
+	memset(h, 0, sizeof *h);
+	while ((n = bsmtp_field_parse(&f, s->head + at, s->head_len - at, true)) > 0) {
+		for (size_t i = 0; i < best; i++)
+			if (bsmtp_field_is(&f, senders[i]) && first_address(&f, h->sender)) {
+				h->has_sender = true;
+				best = i;
+			}
+		if (best > 0 && bsmtp_field_is(&f, "Return-Path") && same(trim(f.body), "<>")) {
+			h->has_sender = true;
+			h->sender[0] = '\0';
+			best = 0;
+		}
+		if (bsmtp_field_is(&f, "Message-ID")) {
+			struct bsmtp_slice id = trim(f.body);
+			snprintf(h->id, sizeof h->id, "%.*s", (int)min_size(id.len, 250), id.at);
+		}
+		resent = resent || is_recipient_field(&f, true);
+		at += (size_t)n;
+	}
+	h->utf8 = bsmtp_has_8bit(slice(s->head, at)) && bsmtp_utf8_valid(slice(s->head, at));
+	for (at = 0; options.to_headers && (n = bsmtp_field_parse(&f, s->head + at,
+	    s->head_len - at, true)) > 0; at += (size_t)n)
+		if (is_recipient_field(&f, resent))
+			add_addresses(h, f.body);
+	if (options.to_headers)
+		drop_bcc(s);
+}
+
+/* ==== 10 stores ========================================================== */
+
+/* One message on its way to the store.  The loop fills it, the committer
+ * settles it; at no time do both hold it. */
+struct delivery {
+	struct delivery *next;
+	int fd;
+	int error;              /* errno of the first failure, 0 */
+	char tmp[128], name[160];
+	uint64_t octets;
+	char *from;
+	struct list to;
+	bool head_written, utf8;
+	/* whose it is */
+	struct session *session;
+	uint64_t ticket;
+	char *peer, *helo;
+	const char *protocol;
+};
+
+struct store {
+	const struct store_row *row;
+	const char *path;
+	int dir, tmp_dir, new_dir;      /* equal where the store has but one */
+	uint64_t sequence;      /* of names made by this process */
+	uint64_t number;        /* eml: the last one taken */
+	char host[64];
+};
+
+/* What tells the stores apart; `publish` runs in the committer, all else in the
+ * loop.  NULL: there is nothing to make durable. */
+struct store_row {
+	const char *name;
+	bool crlf;              /* text is kept as it came */
+	int (*open)(struct store *st);
+	int (*head)(struct store *st, struct delivery *d);
+	int (*publish)(struct store *st, struct delivery *d);
+};
+
+static int write_all(int fd, const char *out, size_t len)
+{
+	while (len > 0) {
+		ssize_t n = write(fd, out, len);
+		if (n < 0 && errno != EINTR)
+			return -1;
+		if (n > 0) {
+			out += n;
+			len -= (size_t)n;
+		}
+	}
+	return 0;
+}
+
+static int open_dir(const char *path, bool make)
+{
+	if (make && mkdir(path, 0777) != 0 && errno != EEXIST)
+		return -1;
+	return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
+static int open_maildir_store(struct store *st)
+{
+	static const char *const subs[] = { "cur", "new", "tmp" };
+	int fds[3];
+	char path[PATH_MAX];
+
+	st->dir = open_dir(st->path, true);
+	if (st->dir < 0)
+		return -1;
+	for (int i = 0; i < 3; i++) {
+		snprintf(path, sizeof path, "%s/%s", st->path, subs[i]);
+		fds[i] = open_dir(path, true);
+		if (fds[i] < 0)
+			return -1;
+	}
+	close(fds[0]);
+	st->new_dir = fds[1];
+	st->tmp_dir = fds[2];
+	return fsync(st->dir);
+}
+
+/* The highest number in use, so that a second run goes on behind the first. */
+static int open_eml_store(struct store *st)
+{
+	struct dirent *entry;
+	DIR *dir;
+
+	st->dir = st->new_dir = st->tmp_dir = open_dir(st->path, true);
+	if (st->dir < 0 || (dir = opendir(st->path)) == NULL)
+		return -1;
+	while ((entry = readdir(dir)) != NULL) {
+		uint64_t n;
+		ptrdiff_t used = bsmtp_number_parse(&n, entry->d_name, strlen(entry->d_name));
+		if (used > 0 && n > st->number)
+			st->number = n;
+	}
+	closedir(dir);
+	return 0;
+}
+
+static int open_discard_store(struct store *st)
+{
+	st->dir = st->new_dir = st->tmp_dir = -1;
+	return 0;
+}
+
+/* RFC 5322 3.3, in UTC. */
+static void put_date(char *out, size_t size)
+{
+	static const char *const days[] = { "Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat" };
+	static const char *const months[] = { "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul",
+		"Aug", "Sep", "Oct", "Nov", "Dec" };
+	time_t now = time(NULL);
+	struct tm t;
+
+	gmtime_r(&now, &t);
+	snprintf(out, size, "%s, %d %s %d %02d:%02d:%02d +0000", days[t.tm_wday], t.tm_mday,
+	    months[t.tm_mon], t.tm_year + 1900, t.tm_hour, t.tm_min, t.tm_sec);
+}
+
+/* RFC 5321 4.4: the trace header. */
+static int maildir_head(struct store *st, struct delivery *d)
+{
+	FILE *f;
+	char *text = NULL, date[64];
+	size_t len = 0;
+	int done;
+
+	f = open_memstream(&text, &len);
+	if (f == NULL)
+		return -1;
+	put_date(date, sizeof date);
+	fprintf(f, "Return-Path: <%s>\n", d->from);
+	for (size_t i = 0; i < d->to.count; i++)
+		fprintf(f, "Delivered-To: %s\n", d->to.items[i]);
+	fprintf(f, "Received: from %s (%s)\n\tby %s with %s id %s;\n\t%s\n", d->helo, d->peer,
+	    st->host, d->protocol, d->name, date);
+	done = fclose(f) == 0 ? write_all(d->fd, text, len) : -1;
+	free(text);
+	return done;
+}
+
+static int no_head(struct store *st, struct delivery *d)
+{
+	(void)st;
+	(void)d;
+	return 0;
+}
+
+static int publish_maildir(struct store *st, struct delivery *d)
+{
+	return renameat(st->tmp_dir, d->tmp, st->new_dir, d->name);
+}
+
+static void json_string(FILE *f, struct bsmtp_slice s);
+
+/* The envelope beside the message; there before it, and as durable. */
+static int write_envelope(struct store *st, struct delivery *d, const char *name)
+{
+	int fd = openat(st->dir, name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), bad;
+	FILE *f = fd >= 0 ? fdopen(fd, "w") : NULL;
+
+	if (f == NULL)
+		return -1;
+	fputs("{\"from\":", f);
+	json_string(f, slice_of(d->from));
+	fputs(",\"to\":[", f);
+	for (size_t i = 0; i < d->to.count; i++) {
+		fputs(i > 0 ? "," : "", f);
+		json_string(f, slice_of(d->to.items[i]));
+	}
+	fputs("],\"peer\":", f);
+	json_string(f, slice_of(d->peer));
+	fputs(",\"helo\":", f);
+	json_string(f, slice_of(d->helo));
+	fprintf(f, ",\"protocol\":\"%s\",\"octets\":%llu}\n", d->protocol,
+	    (unsigned long long)d->octets);
+	bad = fflush(f) != 0 || fsync(fd) != 0;
+	return fclose(f) != 0 || bad ? -1 : 0;
+}
+
+/* Several listeners may share the folder: link() takes a number or fails. */
+static int publish_eml(struct store *st, struct delivery *d)
+{
+	char name[64];
+
+	for (;;) {
+		snprintf(name, sizeof name, "%06llu.json", (unsigned long long)++st->number);
+		if (write_envelope(st, d, name) == 0)
+			break;
+		if (errno != EEXIST) {
+			(void)unlinkat(st->dir, name, 0);
+			return -1;
+		}
+	}
+	snprintf(d->name, sizeof d->name, "%06llu.eml", (unsigned long long)st->number);
+	if (linkat(st->dir, d->tmp, st->dir, d->name, 0) != 0) {
+		int saved = errno;
+		(void)unlinkat(st->dir, name, 0);
+		errno = saved;
+		return -1;
+	}
+	return unlinkat(st->dir, d->tmp, 0);
+}
+
+static const struct store_row store_rows[] = {
+	[STORE_MAILDIR] = { "maildir", false, open_maildir_store, maildir_head, publish_maildir },
+	[STORE_EML] = { "eml", true, open_eml_store, no_head, publish_eml },
+	[STORE_DISCARD] = { "discard", true, open_discard_store, no_head, NULL },
+};
+
+static int store_open(struct store *st, enum store_kind kind, const char *path)
+{
+	memset(st, 0, sizeof *st);
+	st->row = &store_rows[kind];
+	st->path = path;
+	if (gethostname(st->host, sizeof st->host - 1) != 0)
+		snprintf(st->host, sizeof st->host, "localhost");
+	for (char *p = st->host; *p != '\0'; p++)
+		if (!is_alnum(*p) && strchr(".-_", *p) == NULL)
+			*p = '_';
+	return st->row->open(st);
+}
+
+static void delivery_free(struct delivery *d)
+{
+	if (d == NULL)
+		return;
+	if (d->fd >= 0)
+		close(d->fd);
+	free(d->from);
+	free(d->peer);
+	free(d->helo);
+	list_free(&d->to);
+	free(d);
+}
+
+/* The name is of the Maildir convention: time, microseconds, process, count. */
+static void delivery_begin(struct store *st, struct delivery *d)
+{
+	struct timeval t;
+
+	if (st->row->publish == NULL)
+		return;
+	gettimeofday(&t, NULL);
+	snprintf(d->name, sizeof d->name, "%lld.M%06ldP%ldQ%llu.%s", (long long)t.tv_sec,
+	    (long)t.tv_usec, (long)getpid(), (unsigned long long)++st->sequence, st->host);
+	snprintf(d->tmp, sizeof d->tmp, "%s%.120s", st->row->crlf ? ".tmp-" : "", d->name);
+	d->fd = openat(st->tmp_dir, d->tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+	if (d->fd < 0 || st->row->head(st, d) != 0)
+		d->error = errno;
+}
+
+/* CRLF to LF, through one buffer; the text holds no other CR (or was refused). */
+static int write_lf(int fd, struct bsmtp_slice text)
+{
+	static char copy[COPY_SIZE];
+	size_t n = 0;
+
+	while (text.len > 0) {
+		const char *lf = memchr(text.at, '\n', text.len);
+		size_t run = lf != NULL ? (size_t)(lf - text.at) + 1 : text.len, keep;
+		run = min_size(run, sizeof copy - n);
+		memcpy(copy + n, text.at, run);
+		keep = run;
+		if (copy[n + run - 1] == '\n' && run > 1 && copy[n + run - 2] == '\r') {
+			copy[n + run - 2] = '\n';
+			keep--;
+		}
+		/* A CR at the end of what there is may be followed by its LF. */
+		if (copy[n + run - 1] == '\r')
+			keep--;
+		n += keep;
+		text = slice(text.at + run, text.len - run);
+		if (n + 2 > sizeof copy || text.len == 0) {
+			if (write_all(fd, copy, n) != 0)
+				return -1;
+			n = 0;
+		}
+	}
+	return 0;
+}
+
+static void delivery_text(struct store *st, struct delivery *d, struct bsmtp_slice text)
+{
+	if (!d->head_written) {
+		d->head_written = true;
+		delivery_begin(st, d);
+	}
+	d->octets += text.len;
+	if (st->row->publish == NULL || d->error != 0)
+		return;
+	if ((st->row->crlf ? write_all(d->fd, text.at, text.len) : write_lf(d->fd, text)) != 0)
+		d->error = errno;
+}
+
+static void delivery_forget(struct store *st, struct delivery *d)
+{
+	if (d != NULL && d->fd >= 0)
+		(void)unlinkat(st->tmp_dir, d->tmp, 0);
+	delivery_free(d);
+}
+
+/* ---- the committer ---- */
+
+/* One thread that makes groups durable: all that has arrived while it synced
+ * the last group is the next one, so the size follows from the disk's speed. */
+struct committer {
+	struct store *store;
+	pthread_t thread;
+	pthread_mutex_t lock;
+	pthread_cond_t wake;
+	struct delivery *queue, **queue_end;    /* to be committed */
+	struct delivery *done, **done_end;      /* committed, or failed */
+	bool stop, started;
+	int signal[2];          /* a pipe: an octet when there is something done */
+};
+
+/* The data of a whole group with one call, where the system has it. */
+static bool sync_at_once(int dir)
+{
+#ifdef __linux__
+	return syncfs(dir) == 0;
+#else
+	(void)dir;
+	return false;
+#endif
+}
+
+static void commit_group(struct store *st, struct delivery *group)
+{
+	enum { FEW = 3 };       /* up to so many, single syncs are the faster way */
+	size_t count = 0;
+	bool synced;
+
+	for (struct delivery *d = group; d != NULL; d = d->next)
+		count++;
+	synced = count > FEW && sync_at_once(st->dir);
+	for (struct delivery *d = group; d != NULL; d = d->next) {
+		if (!synced && fsync(d->fd) != 0)
+			d->error = errno;
+		if (close(d->fd) != 0 && d->error == 0)
+			d->error = errno;
+		d->fd = -1;
+		if (d->error == 0 && st->row->publish(st, d) != 0)
+			d->error = errno;
+		if (d->error != 0)
+			(void)unlinkat(st->tmp_dir, d->tmp, 0);
+	}
+	if (fsync(st->new_dir) != 0)
+		for (struct delivery *d = group; d != NULL; d = d->next)
+			d->error = d->error != 0 ? d->error : errno;
+}
+
+static void *committer_run(void *context)
+{
+	struct committer *c = context;
+
+	pthread_mutex_lock(&c->lock);
+	while (!c->stop || c->queue != NULL) {
+		struct delivery *group = c->queue;
+		if (group == NULL) {
+			pthread_cond_wait(&c->wake, &c->lock);
+			continue;
+		}
+		c->queue = NULL;
+		c->queue_end = &c->queue;
+		pthread_mutex_unlock(&c->lock);
+		commit_group(c->store, group);
+		pthread_mutex_lock(&c->lock);
+		*c->done_end = group;
+		while (*c->done_end != NULL)
+			c->done_end = &(*c->done_end)->next;
+		(void)!write(c->signal[1], "", 1);
+	}
+	pthread_mutex_unlock(&c->lock);
+	return NULL;
+}
+
+static bool committer_start(struct committer *c, struct store *st)
+{
+	sigset_t all, old;
+	bool ok;
+
+	memset(c, 0, sizeof *c);
+	c->store = st;
+	c->queue_end = &c->queue;
+	c->done_end = &c->done;
+	if (pipe(c->signal) != 0)
+		return false;
+	for (int i = 0; i < 2; i++) {
+		(void)fcntl(c->signal[i], F_SETFD, FD_CLOEXEC);
+		(void)fcntl(c->signal[i], F_SETFL, O_NONBLOCK);
+	}
+	pthread_mutex_init(&c->lock, NULL);
+	pthread_cond_init(&c->wake, NULL);
+	sigfillset(&all);               /* signals are the loop's */
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	errno = pthread_create(&c->thread, NULL, committer_run, c);
+	ok = c->started = errno == 0;
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	return ok;
+}
+
+static void committer_give(struct committer *c, struct delivery *d)
+{
+	d->next = NULL;
+	pthread_mutex_lock(&c->lock);
+	*c->queue_end = d;
+	c->queue_end = &d->next;
+	pthread_cond_signal(&c->wake);
+	pthread_mutex_unlock(&c->lock);
+}
+
+static struct delivery *committer_take(struct committer *c)
+{
+	struct delivery *done;
+	char octets[64];
+
+	while (read(c->signal[0], octets, sizeof octets) == (ssize_t)sizeof octets)
+		;
+	pthread_mutex_lock(&c->lock);
+	done = c->done;
+	c->done = NULL;
+	c->done_end = &c->done;
+	pthread_mutex_unlock(&c->lock);
+	return done;
+}
+
+static void committer_stop(struct committer *c)
+{
+	pthread_mutex_lock(&c->lock);
+	c->stop = true;
+	pthread_cond_signal(&c->wake);
+	pthread_mutex_unlock(&c->lock);
+	pthread_join(c->thread, NULL);
+	close(c->signal[0]);
+	close(c->signal[1]);
+	pthread_cond_destroy(&c->wake);
+	pthread_mutex_destroy(&c->lock);
+}
+
+/* ==== 11 watchers ======================================================== */
+
+/* Octets from elsewhere, made safe for a terminal and a log: what is not
+ * printable UTF-8 becomes \xNN. */
+static void put_safe(FILE *f, struct bsmtp_slice s)
+{
+	while (s.len > 0) {
+		size_t n = utf8_sequence(s);
+		unsigned char c = (unsigned char)s.at[0];
+		bool plain = n == 1 ? c >= ' ' && c != 127 : n > 1 && !(c == 0xC2 &&
+		    (unsigned char)s.at[1] < 0xA0);
+		if (plain)
+			fwrite(s.at, 1, n, f);
+		else
+			fprintf(f, "\\x%02X", c);
+		n = plain ? n : 1;
+		s = slice(s.at + n, s.len - n);
+	}
+}
+
+/* One line on standard error: who, what, why. */
+static void diag(const char *format, ...)
+{
+	char line[2048];
+	va_list arguments;
+	int n;
+
+	va_start(arguments, format);
+	n = vsnprintf(line, sizeof line, format, arguments);
+	va_end(arguments);
+	fputs("bsmtp: ", stderr);
+	if (n > 0)
+		put_safe(stderr, slice(line, min_size((size_t)n, sizeof line - 1)));
+	fputc('\n', stderr);
+}
+
+/* sysexits in the order of bsmtp(1): the worst first. */
+static void worst(int *status, int other)
+{
+	static const int order[] = { EX_OK, EX_SOFTWARE, EX_CANTCREAT, EX_IOERR, EX_UNAVAILABLE,
+		EX_TEMPFAIL, EX_PROTOCOL, EX_NOPERM, EX_NOHOST, EX_DATAERR, EX_NOINPUT, EX_USAGE };
+
+	for (size_t i = COUNT(order); i-- > 0;)
+		if (*status == order[i] || other == order[i]) {
+			*status = order[i];
+			return;
+		}
+}
+
+/* A JSON string; octets that are no UTF-8 become U+FFFD. */
+static void json_string(FILE *f, struct bsmtp_slice s)
+{
+	fputc('"', f);
+	while (s.len > 0) {
+		size_t n = utf8_sequence(s);
+		unsigned char c = (unsigned char)s.at[0];
+		if (n == 0)
+			fputs("\xEF\xBF\xBD", f);
+		else if (c == '"' || c == '\\')
+			fprintf(f, "\\%c", c);
+		else if (c < ' ' || c == 127)
+			fprintf(f, "\\u%04x", c);
+		else
+			fwrite(s.at, 1, n, f);
+		n = n > 0 ? n : 1;
+		s = slice(s.at + n, s.len - n);
+	}
+	fputc('"', f);
+}
+
+static void json_key(FILE *f, const char *key, struct bsmtp_slice s)
+{
+	fprintf(f, ",\"%s\":", key);
+	json_string(f, s);
+}
+
+static void json_begin(FILE *f, const char *event, int64_t start_us)
+{
+	fprintf(f, "{\"event\":\"%s\",\"time\":%.3f", event, (double)(now_us() - start_us) / 1e6);
+}
+
+/* The transcript, in swaks' notation. */
+struct trace {
+	int64_t start_us;
+	bool server;            /* commands come in, replies go out */
+	char who[96];           /* which session, where there are several */
+};
+
+static void trace_mark(const struct trace *t, const char *mark, struct bsmtp_slice line)
+{
+	if (!options.trace)
+		return;
+	fprintf(stderr, "%10.3f %s%s ", (double)(now_us() - t->start_us) / 1e3, t->who, mark);
+	put_safe(stderr, line);
+	fputc('\n', stderr);
+}
+
+static void trace_note(const struct trace *t, const char *format, ...) PRINTF_LIKE(2, 3);
+static void trace_note(const struct trace *t, const char *format, ...)
+{
+	char line[1024];
+	va_list arguments;
+
+	va_start(arguments, format);
+	vsnprintf(line, sizeof line, format, arguments);
+	va_end(arguments);
+	trace_mark(t, "===", slice_of(line));
+}
+
+static void trace_tap(void *context, enum bsmtp_tap_kind kind, struct bsmtp_slice line,
+    uint64_t octets)
+{
+	const struct trace *t = context;
+	bool error = line.len > 0 && line.at[0] >= '4' && line.at[0] <= '5';
+	char body[64];
+
+	if (kind == BSMTP_TAP_BODY) {
+		snprintf(body, sizeof body, "(%llu octets of body)", (unsigned long long)octets);
+		line = slice_of(body);
+	}
+	if (kind == BSMTP_TAP_REPLY)
+		trace_mark(t, error ? t->server ? " **>" : "<**" : t->server ? " ->" : "<- ", line);
+	else
+		trace_mark(t, t->server ? "<- " : " ->", line);
+}
+
+/* Whether all that was written to standard output got there. */
+static bool stdout_good(void)
+{
+	return fflush(stdout) == 0 && !ferror(stdout);
+}
+
+/* ==== 12 send ============================================================ */
+
+/* A message in flight: begun, its fate not known. */
+struct letter {
+	struct letter *next;
+	uint64_t n, offset, position, octets;
+	int64_t start_us;
+	char *source, *id, *from;
+	struct list own;                /* recipients of its header */
+	const struct list *to;          /* these, or those of the command line */
+	struct verdict {
+		enum bsmtp_fate fate;
+		int code;
+		char *status, *text;
+	} *verdicts;
+	size_t weight;                  /* octets of memory it takes */
+};
+
+/* What all letters in flight may take together; with it, memory is bounded. */
+enum { FLIGHT_MAX = 1536 << 10 };
+
+struct sender {
+	struct source source;
+	struct bsmtp_client client;
+	struct bsmtp_client_config config;
+	struct trace trace;
+	int fd;
+	char peer[128];
+	struct letter *first, **last;   /* in flight, in order */
+	struct letter *current;         /* being written; the last of them */
+	struct header header;           /* of the message that comes next */
+	size_t weight, rcpt;
+	uint64_t n, counts[BSMTP_FATES], octets, turnarounds, refused;
+	int64_t start_us, progress_us, grace_start_us, connect_us, grace_us;
+	bool ready;                     /* a message waits to be begun */
+	bool source_waits, source_over, turned, broken, half_closed, grace_waited, hopeless;
+	int status;
+	char out[OUT_SIZE];
+	unsigned char due[DUE_SIZE];
+	char in[16 << 10];
+};
+
+static void letter_free(struct sender *s, struct letter *l)
+{
+	s->weight -= l->weight;
+	for (size_t i = 0; l->verdicts != NULL && i < l->to->count; i++) {
+		free(l->verdicts[i].status);
+		free(l->verdicts[i].text);
+	}
+	free(l->verdicts);
+	free(l->source);
+	free(l->id);
+	free(l->from);
+	list_free(&l->own);
+	free(l);
+}
+
+static const char *user_name(void)
+{
+	const char *name = getenv("LOGNAME");
+
+	if (name == NULL || *name == '\0')
+		name = getenv("USER");
+	return name != NULL && *name != '\0' ? name : "root";
+}
+
+static const char *host_name(void)
+{
+	static char host[256];
+
+	if (gethostname(host, sizeof host - 1) != 0 || !bsmtp_domain_valid(slice_of(host), false))
+		snprintf(host, sizeof host, "localhost");
+	return host;
+}
+
+/* --from, else the From_ line where it names an address, else the header. */
+static char *envelope_sender(struct sender *s)
+{
+	struct bsmtp_slice from = slice_of(s->source.sender);
+	char guess[600];
+
+	if (options.from != NULL)
+		return copy_slice(slice_of(options.from));
+	if (s->source.has_sender && same(from, "MAILER-DAEMON"))
+		return copy_slice(slice("", 0));
+	if (s->source.has_sender && bsmtp_mailbox_valid(from, true))
+		return copy_slice(from);
+	if (s->header.has_sender)
+		return copy_slice(slice_of(s->header.sender));
+	snprintf(guess, sizeof guess, "%.200s@%s", user_name(), host_name());
+	return copy_slice(bsmtp_mailbox_valid(slice_of(guess), true) ? slice_of(guess) : slice("", 0));
+}
+
+static struct letter *letter_new(struct sender *s)
+{
+	struct letter *l = grow(NULL, sizeof *l);
+
+	memset(l, 0, sizeof *l);
+	l->n = ++s->n;
+	l->offset = s->source.message_offset;
+	l->start_us = now_us();
+	l->source = copy_slice(slice_of(s->source.name));
+	l->id = copy_slice(slice_of(s->header.id));
+	l->from = envelope_sender(s);
+	for (size_t i = 0; i < options.to.count && options.to_headers; i++)
+		list_add(&l->own, slice_of(options.to.items[i]));
+	for (size_t i = 0; i < s->header.to.count; i++)
+		list_add(&l->own, slice_of(s->header.to.items[i]));
+	list_free(&s->header.to);
+	l->to = options.to_headers ? &l->own : &options.to;
+	l->weight = sizeof *l + strlen(l->source) + strlen(l->id) + strlen(l->from) + 96;
+	for (size_t i = 0; i < l->own.count; i++)
+		l->weight += strlen(l->own.items[i]) + 32;
+	s->weight += l->weight;
+	l->next = NULL;
+	return l;
+}
+
+static const char *or_empty(const char *s)
+{
+	return s != NULL ? s : "";
+}
+
+static void report_json(struct sender *s, const struct letter *l,
+    const struct bsmtp_client_event *e)
+{
+	json_begin(stdout, "message", s->start_us);
+	printf(",\"n\":%llu", (unsigned long long)l->n);
+	json_key(stdout, "source", slice_of(l->source));
+	printf(",\"offset\":%llu", (unsigned long long)l->offset);
+	json_key(stdout, "id", slice_of(l->id));
+	fputs(",\"transid\":null", stdout);
+	json_key(stdout, "from", slice_of(l->from));
+	printf(",\"octets\":%llu,\"fate\":\"%s\",\"to\":[", (unsigned long long)l->octets,
+	    bsmtp_fate_name(e->fate));
+	for (size_t i = 0; i < l->to->count; i++) {
+		const struct verdict *v = &l->verdicts[i];
+		fputs(i > 0 ? ",{\"address\":" : "{\"address\":", stdout);
+		json_string(stdout, slice_of(l->to->items[i]));
+		printf(",\"fate\":\"%s\",\"code\":%d", bsmtp_fate_name(v->fate), v->code);
+		json_key(stdout, "status", slice_of(or_empty(v->status)));
+		json_key(stdout, "text", slice_of(or_empty(v->text)));
+		putchar('}');
+	}
+	fputs("],\"reply\":", stdout);
+	if (e->code == 0) {
+		fputs("null", stdout);
+	} else {
+		printf("{\"code\":%d", e->code);
+		json_key(stdout, "status", e->status);
+		json_key(stdout, "text", e->text);
+		putchar('}');
+	}
+	printf(",\"seconds\":%.3f}\n", (double)(now_us() - l->start_us) / 1e6);
+}
+
+static void diag_fate(const struct letter *l, const char *to, enum bsmtp_fate fate, int code,
+    struct bsmtp_slice status, struct bsmtp_slice text)
+{
+	char reply[1024] = "";
+
+	if (code != 0)
+		snprintf(reply, sizeof reply, ": %d %.*s%s%.*s", code, (int)status.len, status.at,
+		    status.len > 0 ? " " : "", (int)min_size(text.len, 900), text.at);
+	diag("%s: message %llu (offset %llu)%s%s%s: %s%s", l->source, (unsigned long long)l->n,
+	    (unsigned long long)l->offset, *to != '\0' ? " to <" : "", to, *to != '\0' ? ">" : "",
+	    bsmtp_fate_name(fate), reply);
+}
+
+/* A recipient's fate is its own refusal, else the message's. */
+static void settle_recipients(struct sender *s, struct letter *l,
+    const struct bsmtp_client_event *e)
+{
+	for (size_t i = 0; i < l->to->count; i++) {
+		struct verdict *v = &l->verdicts[i];
+		bool own = v->code / 100 > 2 && e->verb != BSMTP_VERB_MAIL &&
+		    e->fate != BSMTP_UNSENT;
+		if (own && e->fate == BSMTP_DELIVERED)
+			diag_fate(l, l->to->items[i], v->fate, v->code,
+			    slice_of(or_empty(v->status)), slice_of(or_empty(v->text)));
+		if (!own)
+			v->fate = e->fate;
+		if (v->fate == BSMTP_REJECTED)
+			worst(&s->status, EX_UNAVAILABLE);
+		else if (v->fate == BSMTP_DEFERRED)
+			worst(&s->status, EX_TEMPFAIL);
+	}
+}
+
+/* The fate of the first message in flight is known. */
+static void settle(struct sender *s, struct bsmtp_client_event *e)
+{
+	struct letter *l = s->first;
+
+	if (l == NULL)
+		return;
+	if (e->fate == BSMTP_UNKNOWN && l->position >= bsmtp_client_sent_total(&s->client))
+		e->fate = BSMTP_UNSENT;
+	s->first = l->next;
+	if (s->first == NULL)
+		s->last = &s->first;
+	if (s->current == l)
+		s->current = NULL;
+	if (l->verdicts == NULL) {
+		l->verdicts = grow(NULL, (l->to->count + 1) * sizeof *l->verdicts);
+		memset(l->verdicts, 0, (l->to->count + 1) * sizeof *l->verdicts);
+	}
+	settle_recipients(s, l, e);
+	s->counts[e->fate]++;
+	if (e->fate == BSMTP_DELIVERED)
+		s->octets += l->octets;
+	else if (e->fate != BSMTP_UNSENT)
+		diag_fate(l, "", e->fate, e->code, e->status, e->text);
+	if (e->fate == BSMTP_UNKNOWN || (e->fate == BSMTP_UNSENT && !s->hopeless))
+		worst(&s->status, EX_TEMPFAIL);
+	s->refused += e->fate == BSMTP_REJECTED || e->fate == BSMTP_DEFERRED;
+	if (options.json)
+		report_json(s, l, e);
+	letter_free(s, l);
+}
+
+static void keep_rcpt(struct sender *s, const struct bsmtp_client_event *e)
+{
+	struct letter *l = s->first;
+	struct verdict *v;
+
+	if (l == NULL || e->rcpt >= l->to->count)
+		return;
+	if (l->verdicts == NULL) {
+		l->verdicts = grow(NULL, (l->to->count + 1) * sizeof *l->verdicts);
+		memset(l->verdicts, 0, (l->to->count + 1) * sizeof *l->verdicts);
+	}
+	v = &l->verdicts[e->rcpt];
+	v->fate = e->fate;
+	v->code = e->code;
+	v->status = copy_slice(e->status);
+	v->text = copy_slice(e->text);
+}
+
+static void report_opening(struct sender *s, const char *agreed)
+{
+	trace_note(&s->trace, "agreed by %s", agreed);
+	if (!options.json)
+		return;
+	json_begin(stdout, "opening", s->start_us);
+	json_key(stdout, "peer", slice_of(s->peer));
+	printf(",\"mode\":\"%s\",\"agreed\":\"%s\",\"tls\":null}\n",
+	    bsmtp_mode_name(s->config.mode), agreed);
+}
+
+static void diag_session(struct sender *s, const struct bsmtp_client_event *e, const char *hint)
+{
+	char reply[1024] = "";
+
+	if (e->code != 0)
+		snprintf(reply, sizeof reply, ": %d %.*s%s%.*s", e->code, (int)e->status.len,
+		    e->status.at, e->status.len > 0 ? " " : "", (int)min_size(e->text.len, 900),
+		    e->text.at);
+	diag("%s: %s%s%s", s->peer, bsmtp_error_text(e->error), reply, hint);
+}
+
+static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
+{
+	bool retry = e->error == BSMTP_E_REFUSED && s->config.mode == BSMTP_MODE_BSMTP;
+
+	diag_session(s, e, retry ? " (does it speak BSMTP? else try --mode pipelining)" : "");
+	worst(&s->status, e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL : EX_UNAVAILABLE);
+	s->hopeless = e->error == BSMTP_E_REFUSED;
+	if (e->late && !s->half_closed) {
+		s->half_closed = true;
+		(void)shutdown(s->fd, SHUT_WR);
+	}
+}
+
+static void on_error(struct sender *s, const struct bsmtp_client_event *e)
+{
+	bool settled = s->first == NULL && s->source_over && !s->ready;
+
+	if ((e->error == BSMTP_E_CLOSED || e->error == BSMTP_E_STOPPED) && settled)
+		return;         /* only QUIT's reply is missing */
+	diag_session(s, e, "");
+	worst(&s->status, e->error == BSMTP_E_CLOSED || e->error == BSMTP_E_STOPPED ?
+	    EX_TEMPFAIL : EX_PROTOCOL);
+}
+
+static void on_event(struct sender *s, struct bsmtp_client_event *e)
+{
+	switch (e->type) {
+	case BSMTP_CLIENT_NONE:
+	case BSMTP_CLIENT_GREETING:
+	case BSMTP_CLIENT_QUIT:
+		break;
+	case BSMTP_CLIENT_OPENED:
+		if (bsmtp_client_in_lockstep(&s->client) && s->config.mode != BSMTP_MODE_LOCKSTEP)
+			trace_note(&s->trace, "no PIPELINING there: going on in lockstep");
+		if (!e->late || s->config.mode != BSMTP_MODE_BSMTP || options.grace_given)
+			report_opening(s, "reply");
+		break;
+	case BSMTP_CLIENT_REFUSED:
+		on_refused(s, e);
+		break;
+	case BSMTP_CLIENT_RCPT:
+		keep_rcpt(s, e);
+		break;
+	case BSMTP_CLIENT_MESSAGE:
+		settle(s, e);
+		break;
+	case BSMTP_CLIENT_ERROR:
+		on_error(s, e);
+		break;
+	}
+}
+
+/* ---- writing the stream ---- */
+
+/* Reads on in the source until a message's header is there. */
+static void next_message(struct sender *s)
+{
+	while (!s->ready && !s->source_over) {
+		enum got got = source_next(&s->source);
+		if (got == GOT_WAIT) {
+			s->source_waits = true;
+			return;
+		}
+		if (got == GOT_END)
+			s->source_over = true;
+		if (got == GOT_DATA) {
+			read_header(&s->source, &s->header);
+			s->ready = true;
+		}
+	}
+}
+
+/* Why the message that is ready cannot be sent; NULL if it can. */
+static const char *unsendable(struct sender *s)
+{
+	if (s->source.head_len == HEAD_MAX && !s->source.ended && options.to_headers &&
+	    s->source.head_scan + 2 < HEAD_MAX && memchr(s->source.head, '\0', 0) == NULL &&
+	    !s->source.head_done)
+		return "its header is too long to look for recipients";
+	if (options.to_headers && s->header.bad_recipient)
+		return "a recipient field of its header is malformed";
+	if (options.to_headers && s->header.to.count + options.to.count == 0)
+		return "no recipients in its header";
+	return NULL;
+}
+
+static void begin_letter(struct sender *s)
+{
+	const char *why = unsendable(s);
+	bool utf8 = s->header.utf8;
+	struct letter *l;
+
+	l = letter_new(s);
+	*s->last = l;
+	s->last = &l->next;
+	s->current = l;
+	s->ready = false;
+	s->rcpt = 0;
+	l->position = bsmtp_client_position(&s->client);
+	if (why != NULL) {
+		diag("%s: message %llu (offset %llu): %s", l->source, (unsigned long long)l->n,
+		    (unsigned long long)l->offset, why);
+		worst(&s->status, EX_DATAERR);
+		l->position = UINT64_MAX;
+		return;
+	}
+	utf8 = utf8 || bsmtp_has_8bit(slice_of(l->from));
+	for (size_t i = 0; i < l->to->count; i++)
+		utf8 = utf8 || bsmtp_has_8bit(slice_of(l->to->items[i]));
+	bsmtp_client_mail(&s->client, slice_of(l->from), utf8,
+	    s->source.format == FORMAT_MESSAGE ? s->source.size : 0);
+}
+
+/* Feeds or drops text of the message; true at its end. */
+static bool move_text(struct sender *s, bool drop)
+{
+	for (;;) {
+		struct bsmtp_slice text;
+		enum got got = source_text(&s->source, &text);
+		size_t n;
+		if (got == GOT_WAIT) {
+			s->source_waits = true;
+			return false;
+		}
+		if (got == GOT_ERROR) {         /* what was read of it must not count */
+			s->broken = s->broken || !drop;
+			return drop;
+		}
+		if (got == GOT_END)
+			return true;
+		n = drop ? text.len : bsmtp_client_body(&s->client, text.at, text.len);
+		source_taken(&s->source, n);
+		if (s->current != NULL)
+			s->current->octets += n;
+		if (n < text.len)
+			return false;
+	}
+}
+
+/* Drops a message that never was given to the engine: it is unsent. */
+static void drop_unsendable(struct sender *s)
+{
+	struct bsmtp_client_event e;
+
+	if (!move_text(s, true))
+		return;
+	source_done(&s->source);
+	memset(&e, 0, sizeof e);
+	e.fate = BSMTP_UNSENT;
+	/* Those before it are still in flight: it leaves the queue by itself. */
+	for (struct letter **at = &s->first; *at != NULL; at = &(*at)->next)
+		if (*at == s->current) {
+			struct letter *rest = s->first, **end = at;
+			struct letter *l = *at;
+			bool alone = at == &s->first;
+			*end = NULL;
+			s->first = l;
+			settle(s, &e);
+			s->first = alone ? NULL : rest;
+			s->last = alone ? &s->first : end;
+			break;
+		}
+	s->current = NULL;
+}
+
+/* One thing that the engine wants; false when it must wait. */
+static bool write_step(struct sender *s)
+{
+	struct bsmtp_client_event e;
+
+	s->source_waits = false;
+	if (s->current != NULL && s->current->position == UINT64_MAX) {
+		drop_unsendable(s);
+		return !s->source_waits;
+	}
+	switch (bsmtp_client_want(&s->client)) {
+	case BSMTP_WANT_MAIL:
+		if (s->weight > FLIGHT_MAX)
+			return false;
+		next_message(s);
+		if (s->ready && !(options.stop_after > 0 && s->refused >= options.stop_after))
+			begin_letter(s);
+		else if (!s->source_waits)
+			bsmtp_client_quit(&s->client);
+		return !s->source_waits;
+	case BSMTP_WANT_RCPT:
+		if (s->rcpt < s->current->to->count)
+			bsmtp_client_rcpt(&s->client, slice_of(s->current->to->items[s->rcpt++]));
+		else
+			bsmtp_client_data(&s->client);
+		return true;
+	case BSMTP_WANT_BODY:
+		if (!move_text(s, false))
+			return !s->source_waits && !s->broken &&
+			    bsmtp_client_want(&s->client) == BSMTP_WANT_BODY;
+		source_done(&s->source);
+		bsmtp_client_body_end(&s->client);
+		s->current = NULL;
+		return true;
+	case BSMTP_WANT_SKIP:
+		if (!move_text(s, true))
+			return false;
+		source_done(&s->source);
+		bsmtp_client_skipped(&s->client, &e);
+		on_event(s, &e);
+		s->current = NULL;
+		return true;
+	case BSMTP_WANT_ROOM:
+	case BSMTP_WANT_GRACE:
+	case BSMTP_WANT_REPLY:
+	case BSMTP_WANT_NOTHING:
+		break;
+	}
+	return false;
+}
+
+static void flush_out(struct sender *s)
+{
+	size_t len;
+	const char *out;
+
+	while (out = bsmtp_client_out(&s->client, &len), len > 0 && !s->broken) {
+		ssize_t n = link_write(s->fd, out, len);
+		if (n == LINK_AGAIN)
+			return;
+		if (n == LINK_FAILED) {
+			trace_note(&s->trace, "writing: %s", strerror(errno));
+			s->broken = true;       /* what it said before is still to be read */
+			return;
+		}
+		bsmtp_client_sent(&s->client, (size_t)n);
+		s->progress_us = now_us();
+		s->turned = false;
+	}
+}
+
+/* A turnaround: nothing is left that may be sent, and the server's word is
+ * waited for. */
+static void count_turnaround(struct sender *s)
+{
+	enum bsmtp_want want = bsmtp_client_want(&s->client);
+	size_t len;
+
+	(void)bsmtp_client_out(&s->client, &len);
+	if (s->turned || len > 0 || s->half_closed || s->broken)
+		return;
+	if (want != BSMTP_WANT_REPLY && want != BSMTP_WANT_GRACE && s->weight <= FLIGHT_MAX)
+		return;
+	s->turned = true;
+	s->turnarounds++;
+	trace_note(&s->trace, "turnaround %llu", (unsigned long long)s->turnarounds);
+}
+
+static int64_t grace_length(const struct sender *s)
+{
+	int64_t scaled = 3 * s->connect_us + 200000;
+
+	if (options.grace_given)
+		return (int64_t)options.grace_ms * 1000;
+	return scaled < 5000000 ? scaled : 5000000;
+}
+
+/* When to stop waiting: the grace's end, the silence's end; 0: never. */
+static int64_t wait_until(struct sender *s)
+{
+	enum bsmtp_want want = bsmtp_client_want(&s->client);
+
+	if (want == BSMTP_WANT_GRACE) {
+		if (!s->grace_waited)
+			s->grace_start_us = now_us();
+		s->grace_waited = true;
+		return s->grace_start_us + grace_length(s);
+	}
+	if (s->source_waits && s->first == NULL && want != BSMTP_WANT_REPLY)
+		return 0;
+	return s->progress_us + (int64_t)options.timeout_ms * 1000;
+}
+
+static void session_over(struct sender *s)
+{
+	struct bsmtp_client_event e;
+
+	bsmtp_client_closed(&s->client, &e);
+	on_event(s, &e);
+}
+
+static void on_time(struct sender *s)
+{
+	if (bsmtp_client_want(&s->client) == BSMTP_WANT_GRACE) {
+		s->grace_us = now_us() - s->grace_start_us;
+		bsmtp_client_grace_over(&s->client);
+		s->progress_us = now_us();
+		report_opening(s, "grace");
+		return;
+	}
+	diag("%s: silent for %llu s, giving up", s->peer,
+	    (unsigned long long)(options.timeout_ms / 1000));
+	worst(&s->status, EX_TEMPFAIL);
+	session_over(s);
+}
+
+static void read_replies(struct sender *s)
+{
+	ssize_t n = link_read(s->fd, s->in, sizeof s->in);
+	size_t used = 0;
+
+	if (n == LINK_AGAIN)
+		return;
+	s->progress_us = now_us();
+	if (n <= 0) {
+		if (n < 0)
+			trace_note(&s->trace, "reading: %s", strerror(errno));
+		session_over(s);
+		return;
+	}
+	while (used < (size_t)n) {
+		struct bsmtp_client_event e;
+		bool grace = bsmtp_client_want(&s->client) == BSMTP_WANT_GRACE;
+		used += bsmtp_client_in(&s->client, s->in + used, (size_t)n - used, &e);
+		if (grace && bsmtp_client_want(&s->client) != BSMTP_WANT_GRACE)
+			s->grace_us = now_us() - s->grace_start_us;
+		on_event(s, &e);
+	}
+}
+
+static void wait_for_more(struct sender *s)
+{
+	struct pollfd p[2] = { { s->fd, POLLIN, 0 }, { s->source.fd, POLLIN, 0 } };
+	int64_t until = wait_until(s), left = until - now_us();
+	size_t len;
+	int n;
+
+	(void)bsmtp_client_out(&s->client, &len);
+	if (len > 0 && !s->broken)
+		p[0].events |= POLLOUT;
+	if (options.json && until != 0)
+		fflush(stdout);
+	n = poll(p, s->source_waits ? 2 : 1, until == 0 ? -1 : left <= 0 ? 0 :
+	    left > 3600000000 ? 3600000 : (int)((left + 999) / 1000));
+	if (n > 0 && (p[0].revents & (POLLIN | POLLHUP | POLLERR)))
+		read_replies(s);
+	else if (n == 0 && until != 0 && now_us() >= until)
+		on_time(s);
+}
+
+static void converse(struct sender *s)
+{
+	while (bsmtp_client_want(&s->client) != BSMTP_WANT_NOTHING) {
+		size_t len;
+		while (!s->broken && write_step(s))
+			;
+		flush_out(s);
+		(void)bsmtp_client_out(&s->client, &len);
+		if (len == 0 && !s->broken && !s->source_waits && s->weight <= FLIGHT_MAX) {
+			enum bsmtp_want want = bsmtp_client_want(&s->client);
+			if (want < BSMTP_WANT_GRACE)
+				continue;
+		}
+		if (s->broken && !s->half_closed) {
+			s->half_closed = true;
+			(void)shutdown(s->fd, SHUT_WR);
+		}
+		count_turnaround(s);
+		wait_for_more(s);
+	}
+}
+
+/* What was begun is judged; what was not is read to its end and named. */
+static void settle_rest(struct sender *s)
+{
+	struct bsmtp_client_event e;
+
+	while (bsmtp_client_unsettled(&s->client, &e))
+		on_event(s, &e);
+	memset(&e, 0, sizeof e);
+	e.type = BSMTP_CLIENT_MESSAGE;
+	while (s->first != NULL && s->first != s->current)
+		settle(s, &e);
+	for (;;) {
+		struct pollfd p = { s->source.fd, POLLIN, 0 };
+		s->source_waits = false;
+		if (s->current == NULL && !s->ready && s->source_over)
+			return;
+		if (s->source.in_message || s->ready || s->current != NULL) {
+			if (s->ready) {
+				struct letter *l = letter_new(s);
+				*s->last = l;
+				s->last = &l->next;
+				s->current = l;
+				s->ready = false;
+				l->position = UINT64_MAX;
+			}
+			if (move_text(s, true)) {
+				source_done(&s->source);
+				if (s->current != NULL)
+					settle(s, &e);
+				s->current = NULL;
+			}
+		} else {
+			next_message(s);
+		}
+		if (s->source_waits && poll(&p, 1, 2000) == 0) {
+			diag("%s: the rest of the input was not read", s->source.name);
+			worst(&s->status, EX_TEMPFAIL);
+			while (s->first != NULL)
+				settle(s, &e);
+			return;
+		}
+	}
+}
+
+static void report_summary(struct sender *s)
+{
+	uint64_t messages = 0;
+
+	for (int fate = 0; fate < BSMTP_FATES; fate++)
+		messages += s->counts[fate];
+	if (s->counts[BSMTP_UNSENT] > 0)
+		diag("%llu of %llu messages were not sent",
+		    (unsigned long long)s->counts[BSMTP_UNSENT], (unsigned long long)messages);
+	if (!options.json)
+		return;
+	json_begin(stdout, "summary", s->start_us);
+	printf(",\"messages\":%llu", (unsigned long long)messages);
+	for (int fate = 0; fate < BSMTP_FATES; fate++)
+		printf(",\"%s\":%llu", bsmtp_fate_name((enum bsmtp_fate)fate),
+		    (unsigned long long)s->counts[fate]);
+	printf(",\"octets\":%llu,\"seconds\":%.3f,\"turnarounds\":%llu,\"connect_seconds\":%.6f,"
+	    "\"grace_seconds\":%.3f,\"stray_cr\":%llu}\n", (unsigned long long)s->octets,
+	    (double)(now_us() - s->start_us) / 1e6, (unsigned long long)s->turnarounds,
+	    (double)s->connect_us / 1e6, (double)s->grace_us / 1e6,
+	    (unsigned long long)bsmtp_client_strays(&s->client));
+}
+
+/* A socket to the server, or the exit status of not getting one. */
+static int dial(struct sender *s)
+{
+	struct address a;
+	struct addrinfo *found = NULL;
+	struct sockaddr_un un;
+	struct addrinfo local;
+	int64_t start = now_us();
+	int error;
+
+	if (!parse_address(&a, options.server)) {
+		diag("--server %s: not an address (host, host:port, [v6]:port, unix:/path)",
+		    options.server);
+		return EX_USAGE;
+	}
+	snprintf(s->peer, sizeof s->peer, "%s", options.server);
+	memset(&local, 0, sizeof local);
+	local.ai_family = AF_UNIX;
+	local.ai_addr = (struct sockaddr *)(void *)&un;
+	local.ai_addrlen = local_address(&un, a.host);
+	error = a.local ? 0 : resolve(&a, false, &found);
+	if (error != 0) {
+		diag("%s: %s", options.server, gai_strerror(error));
+		return EX_NOHOST;
+	}
+	s->fd = connect_any(a.local ? &local : found, (int64_t)options.timeout_ms * 1000);
+	error = errno;
+	if (found != NULL)
+		freeaddrinfo(found);
+	if (s->fd < 0) {
+		diag("%s: %s", options.server, strerror(error));
+		return EX_TEMPFAIL;
+	}
+	s->connect_us = now_us() - start;
+	struct sockaddr_storage peer;
+	socklen_t len = sizeof peer;
+	if (!a.local && getpeername(s->fd, (struct sockaddr *)(void *)&peer, &len) == 0)
+		name_address(s->peer, sizeof s->peer, (struct sockaddr *)(void *)&peer, len);
+	trace_note(&s->trace, "connected to %s in %.3f ms", s->peer, (double)s->connect_us / 1e3);
+	return EX_OK;
+}
+
+static int send_mail(struct sender *s)
+{
+	struct pollfd p = { 0, POLLIN, 0 };
+	int dialled;
+
+	do {                    /* no connection before there is something to send */
+		s->source_waits = false;
+		next_message(s);
+		p.fd = s->source.fd;
+	} while (s->source_waits && (poll(&p, 1, -1) >= 0 || errno == EINTR));
+	if (!s->ready) {
+		if (s->status == EX_OK && s->source.status == EX_OK)
+			diag("nothing to send");
+		report_summary(s);
+		return EX_OK;
+	}
+	dialled = dial(s);
+	if (dialled == EX_USAGE)
+		return dialled;
+	worst(&s->status, dialled);
+	s->progress_us = now_us();
+	if (dialled == EX_OK) {
+		bsmtp_client_init(&s->client, &s->config, s->out, sizeof s->out, s->due, sizeof s->due);
+		if (s->config.no_grace && s->config.mode == BSMTP_MODE_BSMTP && !s->config.await_greeting)
+			trace_note(&s->trace, "no grace");
+		converse(s);
+		close(s->fd);
+	}
+	settle_rest(s);
+	report_summary(s);
+	return s->status;
+}
+
+static int send_main(void)
+{
+	struct sender *s = grow(NULL, sizeof *s);
+	int status;
+
+	memset(s, 0, sizeof *s);
+	s->last = &s->first;
+	s->start_us = s->trace.start_us = now_us();
+	s->source.head = grow(NULL, HEAD_MAX);
+	s->source.window = grow(NULL, WINDOW_SIZE);
+	s->config = (struct bsmtp_client_config){
+		.mode = (enum bsmtp_mode)options.mode,
+		.framing = (enum bsmtp_framing)options.framing,
+		.await_greeting = options.await_greeting,
+		.no_grace = options.grace_given && options.grace_ms == 0,
+		.blind = options.blind,
+		.helo = options.helo != NULL ? options.helo : host_name(),
+		.tap = options.trace ? trace_tap : NULL,
+		.tap_context = &s->trace,
+	};
+	status = send_mail(s);
+	worst(&status, s->status);
+	worst(&status, s->source.status);
+	source_close(&s->source);
+	if (s->source.dir != NULL)
+		closedir(s->source.dir);
+	list_free(&s->header.to);
+	free(s->source.head);
+	free(s->source.window);
+	free(s);
+	if (!stdout_good())
+		worst(&status, EX_IOERR);
+	return status;
+}
+
+/* ==== 13 listen ========================================================== */
+
+#define DESCRIPTORS_MORE ((rlim_t)(OVERFLOW_MAX + GROUP_MAX + 64))
+
+enum {
+	GROUP_MAX = 1024,               /* messages on their way to the disk */
+	OVERFLOW_MAX = 64,              /* connections that are told 421 */
+	LINGER_MS = 2000, LINGER_OCTETS = 64 << 20,
+	DELAY_LINE_MAX = 64 << 20       /* octets held by --latency, a session */
+};
+
+/* What arrived, to be acted on when it is due. */
+struct arrival {
+	struct arrival *next;
+	int64_t due_us;
+	size_t len, used;
+	bool eof;
+	char data[];
+};
+
+struct session {
+	struct session *next;
+	struct listener *listener;
+	int fd;                         /* -1: gone, but the committer has its mail */
+	struct bsmtp_server server;
+	struct bsmtp_held few[BSMTP_SERVER_HELD_MIN], *many;
+	struct trace trace;
+	char peer[96], *helo;
+	unsigned char host[16];         /* for --max-per-peer */
+	struct delivery *current;
+	struct arrival *first, **last;
+	size_t delayed;                 /* octets in them */
+	char *out;                      /* replies rendered and not yet sent */
+	size_t out_len, out_sent;
+	size_t pending;                 /* messages at the committer */
+	uint64_t messages, octets, received, turnarounds;
+	int64_t start_us, progress_us, resume_us, linger_us;
+	uint64_t linger_octets;
+	bool ending, lingering, answered, counted, writable;
+};
+
+struct listener {
+	struct store store;
+	struct committer committer;
+	struct bsmtp_server_config config;
+	struct pollfd *polls;
+	size_t poll_room;
+	int sockets[16];
+	size_t socket_count;
+	struct list unlink_paths;
+	struct session *sessions;
+	size_t session_count, pending;
+	uint64_t stored;
+	int64_t start_us, stop_us;
+	int signal_pipe[2];
+	int last_error;
+	bool stopping, at_once, first_ended, accept_failed;
+	char in[IN_SIZE];
+	char out[REPLY_SIZE];
+};
+
+/* The write end of the pipe that wakes the loop. */
+static volatile sig_atomic_t signal_fd = -1;
+
+static void on_signal(int number)
+{
+	int saved = errno;
+
+	(void)number;
+	(void)!write(signal_fd, "", 1);
+	errno = saved;
+}
+
+/* ---- sessions: the store's side ---- */
+
+static void report_stored(struct session *s, struct delivery *d)
+{
+	struct listener *l = s->listener;
+	bool file = d->name[0] != '\0' && l->store.row->publish != NULL;
+	char path[PATH_MAX];
+
+	if (!options.json)
+		return;
+	snprintf(path, sizeof path, "%s/%s%s", l->store.path != NULL ? l->store.path : "",
+	    l->store.row->crlf ? "" : "new/", d->name);
+	json_begin(stdout, "message", l->start_us);
+	printf(",\"n\":%llu", (unsigned long long)l->stored);
+	json_key(stdout, "peer", slice_of(d->peer));
+	printf(",\"protocol\":\"%s\",\"tls\":null", d->protocol);
+	json_key(stdout, "helo", slice_of(d->helo));
+	json_key(stdout, "from", slice_of(d->from));
+	fputs(",\"to\":[", stdout);
+	for (size_t i = 0; i < d->to.count; i++) {
+		fputs(i > 0 ? "," : "", stdout);
+		json_string(stdout, slice_of(d->to.items[i]));
+	}
+	printf("],\"octets\":%llu,\"transid\":null,\"duplicate\":false,\"file\":",
+	    (unsigned long long)d->octets);
+	if (file)
+		json_string(stdout, slice_of(path));
+	else
+		fputs("null", stdout);
+	fputs("}\n", stdout);
+}
+
+/* The committer, or the store that needs none, is done with a message. */
+static void delivered(struct delivery *d)
+{
+	struct session *s = d->session;
+	struct listener *l = s->listener;
+	enum bsmtp_answer answer = BSMTP_ANSWER_STORED;
+
+	if (d->error == 0) {
+		l->stored++;
+		s->messages++;
+		s->octets += d->octets;
+		report_stored(s, d);
+	} else {
+		answer = d->error == ENOSPC || d->error == EDQUOT || d->error == EFBIG ?
+		    BSMTP_ANSWER_NO_SPACE : BSMTP_ANSWER_STORE_FAILED;
+		if (d->error != l->last_error)
+			diag("%s: %s", l->store.path, strerror(d->error));
+	}
+	l->last_error = d->error;
+	if (s->fd >= 0)
+		bsmtp_server_settle(&s->server, d->ticket, answer);
+	delivery_free(d);
+}
+
+static void message_whole(struct session *s, uint64_t ticket)
+{
+	struct delivery *d = s->current;
+	struct listener *l = s->listener;
+
+	s->current = NULL;
+	d->ticket = ticket;
+	if (!d->head_written)           /* a body of no octets */
+		delivery_text(&l->store, d, slice("", 0));
+	if (l->store.row->publish == NULL || d->error != 0) {
+		if (d->error != 0 && d->fd >= 0)
+			(void)unlinkat(l->store.tmp_dir, d->tmp, 0);
+		delivered(d);
+		return;
+	}
+	s->pending++;
+	l->pending++;
+	committer_give(&l->committer, d);
+}
+
+static void message_begin(struct session *s, const struct bsmtp_server_event *e)
+{
+	struct delivery *d = grow(NULL, sizeof *d);
+	enum bsmtp_verb hello = bsmtp_server_hello(&s->server);
+
+	memset(d, 0, sizeof *d);
+	d->fd = -1;
+	d->session = s;
+	d->from = copy_slice(e->text);
+	d->peer = copy_slice(slice_of(s->peer));
+	d->helo = copy_slice(slice_of(s->helo != NULL ? s->helo : "unknown"));
+	d->protocol = hello == BSMTP_VERB_BSMTP ? "BSMTP" : hello == BSMTP_VERB_EHLO ? "ESMTP" : "SMTP";
+	d->utf8 = e->utf8;
+	s->current = d;
+}
+
+/* ---- sessions: the peer's side ---- */
+
+static void session_gone(struct session *s)
+{
+	struct bsmtp_server_event e;
+
+	if (s->fd < 0)
+		return;
+	bsmtp_server_eof(&s->server, &e);
+	delivery_forget(&s->listener->store, s->current);
+	s->current = NULL;
+	close(s->fd);
+	s->fd = -1;
+	s->listener->session_count--;
+	s->listener->first_ended = true;
+	while (s->first != NULL) {
+		struct arrival *a = s->first;
+		s->first = a->next;
+		free(a);
+	}
+	s->last = &s->first;
+	trace_note(&s->trace, "end: %s", bsmtp_end_name(bsmtp_server_end(&s->server)));
+	if (options.json) {
+		json_begin(stdout, "session", s->listener->start_us);
+		json_key(stdout, "peer", slice_of(s->peer));
+		printf(",\"messages\":%llu,\"octets\":%llu,\"seconds\":%.3f,\"end\":\"%s\","
+		    "\"turnarounds\":%llu}\n", (unsigned long long)s->messages,
+		    (unsigned long long)s->octets, (double)(now_us() - s->start_us) / 1e6,
+		    bsmtp_end_name(bsmtp_server_end(&s->server)), (unsigned long long)s->turnarounds);
+	}
+}
+
+/* Half-closes, so that the replies arrive, and reads on a while: closing with
+ * octets unread would reset the connection and destroy them. */
+static void linger(struct session *s)
+{
+	s->lingering = true;
+	s->linger_us = now_us() + LINGER_MS * 1000;
+	(void)shutdown(s->fd, SHUT_WR);
+}
+
+/* Sends what may go.  False when the session is over. */
+static bool session_flush(struct session *s)
+{
+	struct listener *l = s->listener;
+
+	while (s->fd >= 0 && !s->lingering) {
+		bool closed = false;
+		const char *out = s->out != NULL ? s->out + s->out_sent : l->out;
+		size_t len = s->out != NULL ? s->out_len - s->out_sent :
+		    bsmtp_server_out(&s->server, l->out, sizeof l->out, &closed);
+		ssize_t n = len > 0 ? link_write(s->fd, out, len) : 0;
+		if (len > 0)
+			s->answered = true;
+		if (n > 0)
+			s->progress_us = now_us();
+		if (closed || n == LINK_FAILED) {
+			session_gone(s);
+			return false;
+		}
+		if (n == LINK_AGAIN)
+			n = 0;
+		if (s->out != NULL) {
+			s->out_sent += (size_t)n;
+		} else if ((size_t)n < len) {
+			s->out = grow(NULL, len - (size_t)n);
+			s->out_len = len - (size_t)n;
+			s->out_sent = 0;
+			memcpy(s->out, out + n, s->out_len);
+		}
+		if (s->out != NULL && s->out_sent < s->out_len) {
+			if (n == 0)
+				return true;
+			continue;
+		}
+		free(s->out);
+		s->out = NULL;
+		if (len == 0) {
+			if (s->ending && bsmtp_server_owed(&s->server) == 0)
+				linger(s);
+			break;
+		}
+	}
+	return s->fd >= 0;
+}
+
+static void lend_more(struct session *s)
+{
+	if (s->many != NULL || (size_t)HELD_SIZE <= COUNT(s->few))
+		return;
+	s->many = grow(NULL, HELD_SIZE * sizeof *s->many);
+	bsmtp_server_lend(&s->server, s->many, HELD_SIZE);
+}
+
+static void on_server_event(struct session *s, struct bsmtp_server_event *e)
+{
+	struct listener *l = s->listener;
+
+	switch (e->type) {
+	case BSMTP_SERVER_MORE:
+	case BSMTP_SERVER_FULL:
+		break;
+	case BSMTP_SERVER_HELLO:
+		free(s->helo);
+		s->helo = copy_slice(e->text);
+		break;
+	case BSMTP_SERVER_MAIL:
+		message_begin(s, e);
+		break;
+	case BSMTP_SERVER_RCPT:
+		list_add(&s->current->to, e->text);
+		break;
+	case BSMTP_SERVER_TEXT:
+		delivery_text(&l->store, s->current, e->text);
+		break;
+	case BSMTP_SERVER_MESSAGE:
+		message_whole(s, e->ticket);
+		break;
+	case BSMTP_SERVER_ABORT:
+		delivery_forget(&l->store, s->current);
+		s->current = NULL;
+		break;
+	case BSMTP_SERVER_DELAY:
+		s->resume_us = now_us() + (int64_t)e->number * 1000;
+		break;
+	case BSMTP_SERVER_END:
+		s->ending = true;
+		break;
+	}
+}
+
+static bool may_work(const struct session *s)
+{
+	return s->fd >= 0 && !s->ending && s->resume_us == 0 &&
+	    s->listener->pending < GROUP_MAX && (options.cut_messages == 0 ||
+	    s->messages + s->pending < options.cut_messages);
+}
+
+/* Gives octets to the engine; returns how many it used. */
+static size_t session_work(struct session *s, const char *in, size_t len)
+{
+	size_t used = 0;
+	bool idle = false;
+
+	while (may_work(s) && !idle) {
+		struct bsmtp_server_event e;
+		used += bsmtp_server_in(&s->server, in + used, len - used, &e);
+		on_server_event(s, &e);
+		idle = e.type == BSMTP_SERVER_MORE;
+		if (e.type == BSMTP_SERVER_FULL) {
+			size_t owed = bsmtp_server_owed(&s->server);
+			lend_more(s);
+			if (!session_flush(s) || (bsmtp_server_owed(&s->server) == owed &&
+			    (s->many == NULL || owed + 2 > HELD_SIZE)))
+				break;
+		}
+	}
+	return s->ending ? len : used;
+}
+
+static void keep_arrival(struct session *s, const char *in, size_t len, int64_t due, bool eof)
+{
+	struct arrival *a = grow(NULL, sizeof *a + len);
+
+	a->next = NULL;
+	a->due_us = due;
+	a->len = len;
+	a->used = 0;
+	a->eof = eof;
+	if (len > 0)
+		memcpy(a->data, in, len);
+	*s->last = a;
+	s->last = &a->next;
+	s->delayed += len;
+}
+
+static void session_eof(struct session *s)
+{
+	struct bsmtp_server_event e;
+
+	bsmtp_server_eof(&s->server, &e);
+	on_server_event(s, &e);
+	s->ending = true;
+}
+
+/* Acts on what was kept and is due now. */
+static void work_arrivals(struct session *s)
+{
+	int64_t now = now_us();
+
+	while (s->first != NULL && s->first->due_us <= now && may_work(s)) {
+		struct arrival *a = s->first;
+		size_t used = session_work(s, a->data + a->used, a->len - a->used);
+		a->used += used;
+		s->delayed -= used;
+		if (s->fd < 0 || a->used < a->len || s->resume_us != 0)
+			return;
+		if (a->eof)
+			session_eof(s);
+		s->first = a->next;
+		if (s->first == NULL)
+			s->last = &s->first;
+		free(a);
+	}
+}
+
+static void session_read(struct session *s)
+{
+	struct listener *l = s->listener;
+	size_t most = sizeof l->in, used = 0;
+	ssize_t n;
+
+	if (options.cut_octets > 0)
+		most = min_size(most, (size_t)min_size(options.cut_octets - s->received, SIZE_MAX));
+	n = link_read(s->fd, l->in, most);
+	if (n == LINK_AGAIN)
+		return;
+	s->progress_us = now_us();
+	if (n == LINK_FAILED) {
+		session_gone(s);
+		return;
+	}
+	if (s->lingering) {
+		s->linger_octets += (uint64_t)n;
+		if (n == 0 || s->linger_octets > LINGER_OCTETS)
+			session_gone(s);
+		return;
+	}
+	if (s->answered && n > 0 && s->first == NULL)
+		s->turnarounds++;
+	s->answered = false;
+	s->received += (uint64_t)n;
+	if (s->first == NULL && options.latency_ms == 0)
+		used = session_work(s, l->in, (size_t)n);
+	if (s->fd < 0)
+		return;
+	if (used < (size_t)n || (n == 0 && (s->first != NULL || options.latency_ms > 0)))
+		keep_arrival(s, l->in + used, (size_t)n - used, options.latency_ms > 0 ?
+		    now_us() + (int64_t)options.latency_ms * 1000 : 0, n == 0);
+	else if (n == 0)
+		session_eof(s);
+	if (options.cut_octets > 0 && s->received >= options.cut_octets)
+		session_gone(s);
+}
+
+/* ---- accepting ---- */
+
+static void map_host(const struct sockaddr *sa, unsigned char host[16])
+{
+	memset(host, 0, 16);
+	if (sa->sa_family == AF_INET6) {
+		memcpy(host, &((const struct sockaddr_in6 *)(const void *)sa)->sin6_addr, 16);
+	} else if (sa->sa_family == AF_INET) {
+		host[10] = host[11] = 0xFF;
+		memcpy(host + 12, &((const struct sockaddr_in *)(const void *)sa)->sin_addr, 4);
+	}
+}
+
+static bool in_cidr(const struct cidr *c, const unsigned char host[16])
+{
+	for (unsigned bit = 0; bit < c->bits; bit++)
+		if (((c->address[bit / 8] ^ host[bit / 8]) >> (7 - bit % 8)) & 1)
+			return false;
+	return true;
+}
+
+/* Prearrangement: local sockets, loopback, and who was named. */
+static bool is_allowed(const struct sockaddr *sa, const unsigned char host[16])
+{
+	static const struct cidr loopback[] = {
+		{ { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF, 127 }, 104 },
+		{ { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1 }, 128 },
+	};
+	const struct cidr *list = options.allow_count > 0 ? options.allow : loopback;
+	size_t count = options.allow_count > 0 ? options.allow_count : COUNT(loopback);
+
+	if (sa->sa_family == AF_UNIX)
+		return true;
+	for (size_t i = 0; i < count; i++)
+		if (in_cidr(&list[i], host))
+			return true;
+	return false;
+}
+
+static size_t sessions_of(struct listener *l, const unsigned char host[16])
+{
+	size_t n = 0;
+
+	for (struct session *s = l->sessions; s != NULL; s = s->next)
+		n += s->fd >= 0 && memcmp(s->host, host, 16) == 0;
+	return n;
+}
+
+static void session_new(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len)
+{
+	struct session *s = grow(NULL, sizeof *s);
+	struct bsmtp_server_event e;
+
+	memset(s, 0, sizeof *s);
+	s->listener = l;
+	s->fd = fd;
+	s->last = &s->first;
+	s->start_us = s->progress_us = now_us();
+	name_address(s->peer, sizeof s->peer, sa, len);
+	map_host(sa, s->host);
+	s->trace.start_us = l->start_us;
+	s->trace.server = true;
+	snprintf(s->trace.who, sizeof s->trace.who, "%.90s ", s->peer);
+	bsmtp_server_init(&s->server, &l->config, is_allowed(sa, s->host), s->few, COUNT(s->few));
+	s->server.tap_context = &s->trace;
+	if (l->session_count >= options.max_connections || (options.max_per_peer > 0 &&
+	    sessions_of(l, s->host) >= options.max_per_peer)) {
+		bsmtp_server_stop(&s->server, BSMTP_ANSWER_BUSY, &e);
+		s->ending = true;
+	}
+	s->next = l->sessions;
+	l->sessions = s;
+	l->session_count++;
+	trace_note(&s->trace, "connected");
+	if (!s->ending && options.latency_ms > 0)
+		keep_arrival(s, "", 0, s->start_us + (int64_t)options.latency_ms * 1000, false);
+	else
+		(void)session_work(s, "", 0);
+	(void)session_flush(s);
+}
+
+static void accept_all(struct listener *l, int socket)
+{
+	for (;;) {
+		struct sockaddr_storage peer;
+		socklen_t len = sizeof peer;
+		int fd = accept(socket, (struct sockaddr *)(void *)&peer, &len);
+		if (fd < 0) {
+			bool full = errno == EMFILE || errno == ENFILE || errno == ENOBUFS;
+			if (full && !l->accept_failed)
+				diag("accept: %s", strerror(errno));
+			l->accept_failed = full;
+			return;
+		}
+		l->accept_failed = false;
+		if (!set_flags(fd) || l->session_count >= options.max_connections + OVERFLOW_MAX)
+			close(fd);
+		else
+			session_new(l, fd, (struct sockaddr *)(void *)&peer, len);
+	}
+}
+
+/* ---- the addresses ---- */
+
+static bool is_wide(const struct sockaddr *sa)
+{
+	unsigned char host[16];
+
+	map_host(sa, host);
+	return !is_allowed(sa, host);
+}
+
+/* A socket file whose listener is gone is in the way of a new one. */
+static void remove_stale(const struct sockaddr *sa, socklen_t len, const char *path)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+
+	if (fd >= 0 && connect(fd, sa, len) != 0 && errno == ECONNREFUSED)
+		(void)unlink(path);
+	if (fd >= 0)
+		close(fd);
+}
+
+static bool listen_on(struct listener *l, const struct sockaddr *sa, socklen_t len)
+{
+	int fd = socket(sa->sa_family, SOCK_STREAM, 0), one = 1;
+
+	if (fd < 0 || l->socket_count == COUNT(l->sockets))
+		return false;
+	(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+	if (sa->sa_family == AF_INET6)
+		(void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
+	if (!set_flags(fd) || bind(fd, sa, len) != 0 || listen(fd, SOMAXCONN) != 0) {
+		int saved = errno;
+		close(fd);
+		errno = saved;
+		return false;
+	}
+	l->sockets[l->socket_count++] = fd;
+	return true;
+}
+
+static int listen_address(struct listener *l, const char *text)
+{
+	struct address a;
+	struct addrinfo *found = NULL;
+	struct sockaddr_un un;
+	size_t before = l->socket_count;
+	int error;
+
+	if (!parse_address(&a, text)) {
+		diag("%s: not an address (host, host:port, [v6]:port, :port, unix:/path)", text);
+		return EX_USAGE;
+	}
+	if (a.local) {
+		socklen_t len = local_address(&un, a.host);
+		remove_stale((struct sockaddr *)(void *)&un, len, a.host);
+		if (listen_on(l, (struct sockaddr *)(void *)&un, len)) {
+			list_add(&l->unlink_paths, slice_of(a.host));
+			return EX_OK;
+		}
+		diag("%s: %s", text, strerror(errno));
+		return EX_UNAVAILABLE;
+	}
+	error = resolve(&a, true, &found);
+	if (error != 0) {
+		diag("%s: %s", text, gai_strerror(error));
+		return EX_NOHOST;
+	}
+	for (struct addrinfo *i = found; i != NULL; i = i->ai_next) {
+		if (is_wide(i->ai_addr) && options.allow_count == 0) {
+			diag("%s: beyond this host BSMTP is by prearrangement: give --allow CIDR", text);
+			freeaddrinfo(found);
+			return EX_USAGE;
+		}
+		if (!listen_on(l, i->ai_addr, i->ai_addrlen))
+			error = errno;
+	}
+	freeaddrinfo(found);
+	if (l->socket_count > before)
+		return EX_OK;
+	diag("%s: %s", text, strerror(error));
+	return EX_UNAVAILABLE;
+}
+
+/* Says where it listens, in each of the ways that scripts wait for. */
+static int announce(struct listener *l)
+{
+	char name[128], tmp[PATH_MAX];
+	FILE *f = NULL;
+	bool bad = false;
+
+	if (options.address_file != NULL) {
+		snprintf(tmp, sizeof tmp, "%s.%ld", options.address_file, (long)getpid());
+		f = fopen(tmp, "w");
+		bad = f == NULL;
+	}
+	for (size_t i = 0; i < l->socket_count && !bad; i++) {
+		struct sockaddr_storage sa;
+		socklen_t len = sizeof sa;
+		if (getsockname(l->sockets[i], (struct sockaddr *)(void *)&sa, &len) != 0)
+			continue;
+		name_address(name, sizeof name, (struct sockaddr *)(void *)&sa, len);
+		if (f != NULL)
+			fprintf(f, "%s\n", name);
+		if (options.json) {
+			printf("{\"event\":\"listening\",\"time\":%.3f,\"address\":",
+			    (double)(now_us() - l->start_us) / 1e6);
+			json_string(stdout, slice_of(name));
+			puts("}");
+		}
+		if (options.trace)
+			fprintf(stderr, "%10.3f === listening on %s\n",
+			    (double)(now_us() - l->start_us) / 1e3, name);
+	}
+	fflush(stdout);
+	if (f != NULL)
+		bad = fclose(f) != 0 || rename(tmp, options.address_file) != 0;
+	if (bad)
+		diag("%s: %s", options.address_file, strerror(errno));
+	return bad ? EX_CANTCREAT : EX_OK;
+}
+
+/* ---- the loop ---- */
+
+static void stop_listening(struct listener *l)
+{
+	for (size_t i = 0; i < l->socket_count; i++)
+		close(l->sockets[i]);
+	l->socket_count = 0;
+	for (size_t i = 0; i < l->unlink_paths.count; i++)
+		(void)unlink(l->unlink_paths.items[i]);
+	if (l->stop_us == 0)
+		l->stop_us = now_us();
+	l->config.stopping = true;
+}
+
+static void session_stop(struct session *s, enum bsmtp_answer answer)
+{
+	struct bsmtp_server_event e;
+
+	if (s->fd < 0 || s->ending)
+		return;
+	bsmtp_server_stop(&s->server, answer, &e);
+	on_server_event(s, &e);
+	s->ending = true;
+	(void)session_flush(s);
+}
+
+/* What time has brought: delays that are over, silence, the end of lingering. */
+static void session_time(struct session *s, int64_t now)
+{
+	int64_t silence = (int64_t)options.timeout_ms * 1000;
+
+	if (s->resume_us != 0 && now >= s->resume_us)
+		s->resume_us = 0;
+	if (s->lingering) {
+		if (now >= s->linger_us)
+			session_gone(s);
+		return;
+	}
+	if (s->pending > 0 || s->first != NULL || s->resume_us != 0)
+		s->progress_us = s->out != NULL ? s->progress_us : now;
+	if (s->listener->stop_us != 0 && silence > 2000000)
+		silence = 2000000;
+	if (now - s->progress_us < silence)
+		return;
+	if (s->out != NULL || s->ending)
+		session_gone(s);
+	else
+		session_stop(s, s->listener->stop_us != 0 ? BSMTP_ANSWER_STOPPING :
+		    BSMTP_ANSWER_TIMEOUT);
+}
+
+static void session_serve(struct session *s, int64_t now)
+{
+	session_time(s, now);
+	if (s->fd < 0)
+		return;
+	work_arrivals(s);
+	if (options.cut_messages > 0 && s->messages >= options.cut_messages) {
+		session_gone(s);
+		return;
+	}
+	if (session_flush(s) && s->many != NULL && bsmtp_server_owed(&s->server) == 0) {
+		bsmtp_server_lend(&s->server, s->few, COUNT(s->few));
+		free(s->many);
+		s->many = NULL;
+	}
+}
+
+/* Whether octets of the peer are wanted now. */
+static bool wants_input(const struct session *s)
+{
+	if (s->lingering)
+		return true;
+	if (s->ending || s->out != NULL || s->listener->pending >= GROUP_MAX)
+		return false;
+	return options.latency_ms > 0 ? s->delayed < DELAY_LINE_MAX :
+	    s->first == NULL && s->resume_us == 0;
+}
+
+/* The earliest moment at which this session needs the loop. */
+static int64_t session_alarm(const struct session *s)
+{
+	int64_t silence = (int64_t)options.timeout_ms * 1000;
+	int64_t at = s->lingering ? s->linger_us : s->progress_us +
+	    (s->listener->stop_us != 0 && silence > 2000000 ? 2000000 : silence);
+
+	if (s->resume_us != 0 && s->resume_us < at)
+		at = s->resume_us;
+	if (s->first != NULL && may_work(s) && s->first->due_us < at && !s->lingering)
+		at = s->first->due_us;
+	return at;
+}
+
+static void reap(struct listener *l)
+{
+	for (struct session **at = &l->sessions; *at != NULL;) {
+		struct session *s = *at;
+		if (s->fd >= 0 || s->pending > 0) {
+			at = &s->next;
+			continue;
+		}
+		*at = s->next;
+		free(s->many);
+		free(s->out);
+		free(s->helo);
+		free(s);
+	}
+}
+
+static void take_committed(struct listener *l)
+{
+	struct delivery *d = committer_take(&l->committer), *next;
+
+	for (; d != NULL; d = next) {
+		next = d->next;
+		d->session->pending--;
+		l->pending--;
+		delivered(d);
+	}
+}
+
+static void wait_for_events(struct listener *l)
+{
+	size_t fixed = 2 + l->socket_count, n = fixed;
+	int64_t now = now_us(), alarm = now + 3600000000;
+	struct pollfd *p;
+
+	if (l->poll_room < fixed + l->session_count) {
+		l->poll_room = (fixed + l->session_count) * 2;
+		l->polls = grow(l->polls, l->poll_room * sizeof *l->polls);
+	}
+	p = l->polls;
+	p[0] = (struct pollfd){ l->signal_pipe[0], POLLIN, 0 };
+	p[1] = (struct pollfd){ l->committer.signal[0], POLLIN, 0 };
+	for (size_t i = 0; i < l->socket_count; i++)
+		p[2 + i] = (struct pollfd){ l->accept_failed ? -1 : l->sockets[i], POLLIN, 0 };
+	for (struct session *s = l->sessions; s != NULL; s = s->next) {
+		int64_t at;
+		if (s->fd < 0)
+			continue;
+		at = session_alarm(s);
+		alarm = at < alarm ? at : alarm;
+		p[n++] = (struct pollfd){ s->fd, (short)((wants_input(s) ? POLLIN : 0) |
+		    (s->out != NULL ? POLLOUT : 0)), 0 };
+	}
+	if (options.deadline_given && l->stop_us == 0 &&
+	    l->start_us + (int64_t)options.deadline_ms * 1000 < alarm)
+		alarm = l->start_us + (int64_t)options.deadline_ms * 1000;
+	if (l->accept_failed && now + 100000 < alarm)
+		alarm = now + 100000;
+	if (poll(p, (nfds_t)n, alarm <= now ? 0 : (int)((alarm - now + 999) / 1000)) < 0)
+		for (size_t i = 0; i < n; i++)
+			p[i].revents = 0;
+	l->accept_failed = false;
+}
+
+static void on_stop_signals(struct listener *l)
+{
+	char octets[16];
+	ssize_t n = read(l->signal_pipe[0], octets, sizeof octets);
+
+	for (ssize_t i = 0; i < n; i++) {
+		l->at_once = l->stopping;
+		l->stopping = true;
+	}
+	if (!l->stopping)
+		return;
+	stop_listening(l);
+	for (struct session *s = l->sessions; s != NULL; s = s->next)
+		session_stop(s, BSMTP_ANSWER_STOPPING);
+}
+
+static void one_round(struct listener *l)
+{
+	size_t n = 2 + l->socket_count, sockets = l->socket_count;
+	int64_t now;
+
+	wait_for_events(l);
+	take_committed(l);
+	for (struct session *s = l->sessions; s != NULL; s = s->next)
+		if (s->fd >= 0 && (l->polls[n++].revents & (POLLIN | POLLHUP | POLLERR)) != 0) {
+			if (wants_input(s) || (l->polls[n - 1].revents & POLLERR))
+				session_read(s);
+			else if (!(l->polls[n - 1].revents & POLLIN))
+				session_gone(s);
+		}
+	now = now_us();
+	for (struct session *s = l->sessions; s != NULL; s = s->next)
+		if (s->fd >= 0)
+			session_serve(s, now);
+	for (size_t i = 0; i < sockets; i++)
+		if (l->polls[2 + i].revents & POLLIN)
+			accept_all(l, l->sockets[i]);
+	if (l->polls[0].revents & POLLIN)
+		on_stop_signals(l);
+	reap(l);
+	if (options.json)
+		fflush(stdout);
+}
+
+static bool goal_reached(const struct listener *l)
+{
+	return (options.count > 0 && l->stored >= options.count) ||
+	    (options.once && l->first_ended);
+}
+
+static int serve(struct listener *l)
+{
+	int status = EX_OK;
+
+	while (!l->at_once && (l->stop_us == 0 || l->sessions != NULL)) {
+		one_round(l);
+		l->config.stopping = l->stop_us != 0 ||
+		    (options.count > 0 && l->stored + l->pending >= options.count);
+		if (l->stop_us == 0 && goal_reached(l))
+			stop_listening(l);
+		if (l->stop_us == 0 && options.deadline_given &&
+		    now_us() >= l->start_us + (int64_t)options.deadline_ms * 1000) {
+			stop_listening(l);
+			for (struct session *s = l->sessions; s != NULL; s = s->next)
+				session_stop(s, BSMTP_ANSWER_STOPPING);
+			if (options.count > 0 || options.once) {
+				diag("the deadline passed: %llu messages stored",
+				    (unsigned long long)l->stored);
+				status = EX_TEMPFAIL;
+			}
+		}
+	}
+	return status;
+}
+
+/* A descriptor for each connection and each message on its way to the disk. */
+static void raise_limits(void)
+{
+	rlim_t need = (rlim_t)options.max_connections + DESCRIPTORS_MORE;
+	struct rlimit limit;
+
+	if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= need)
+		return;
+	limit.rlim_cur = need;
+	if (limit.rlim_max < need)
+		limit.rlim_max = need;
+	if (setrlimit(RLIMIT_NOFILE, &limit) == 0)
+		return;
+	(void)getrlimit(RLIMIT_NOFILE, &limit);
+	limit.rlim_cur = limit.rlim_max;
+	(void)setrlimit(RLIMIT_NOFILE, &limit);
+	if (limit.rlim_cur > DESCRIPTORS_MORE)
+		options.max_connections = limit.rlim_cur - DESCRIPTORS_MORE;
+	diag("only %llu descriptors may be open: at most %llu connections",
+	    (unsigned long long)limit.rlim_cur, (unsigned long long)options.max_connections);
+}
+
+static int start_listening(struct listener *l)
+{
+	int status = EX_OK;
+
+	if (store_open(&l->store, (enum store_kind)options.store, options.store_path) != 0) {
+		diag("%s: %s", options.store_path, strerror(errno));
+		return EX_CANTCREAT;
+	}
+	for (size_t i = 0; i < options.operands.count && status == EX_OK; i++)
+		status = listen_address(l, options.operands.items[i]);
+	if (options.operands.count == 0)
+		status = listen_address(l, "localhost:2525");
+	return status == EX_OK ? announce(l) : status;
+}
+
+static bool catch_signals(struct listener *l)
+{
+	struct sigaction act;
+
+	memset(&act, 0, sizeof act);
+	if (pipe(l->signal_pipe) != 0)
+		return false;
+	for (int i = 0; i < 2; i++) {
+		(void)fcntl(l->signal_pipe[i], F_SETFD, FD_CLOEXEC);
+		(void)fcntl(l->signal_pipe[i], F_SETFL, O_NONBLOCK);
+	}
+	signal_fd = l->signal_pipe[1];
+	act.sa_handler = on_signal;
+	return sigaction(SIGTERM, &act, NULL) == 0 && sigaction(SIGINT, &act, NULL) == 0;
+}
+
+static void listener_free(struct listener *l)
+{
+	while (l->sessions != NULL) {
+		for (struct session *s = l->sessions; s != NULL; s = s->next)
+			session_gone(s);
+		take_committed(l);
+		reap(l);
+		if (l->sessions != NULL)
+			(void)poll(&(struct pollfd){ l->committer.signal[0], POLLIN, 0 }, 1, 1000);
+	}
+	if (l->committer.started)
+		committer_stop(&l->committer);
+	stop_listening(l);
+	list_free(&l->unlink_paths);
+	free(l->polls);
+	if (l->store.dir >= 0)
+		close(l->store.dir);
+	if (l->store.new_dir >= 0 && l->store.new_dir != l->store.dir)
+		close(l->store.new_dir);
+	if (l->store.tmp_dir >= 0 && l->store.tmp_dir != l->store.dir)
+		close(l->store.tmp_dir);
+	free(l);
+}
+
+static int listen_main(void)
+{
+	struct listener *l = grow(NULL, sizeof *l);
+	int status;
+
+	memset(l, 0, sizeof *l);
+	l->start_us = now_us();
+	l->store.dir = l->store.new_dir = l->store.tmp_dir = -1;
+	l->config = (struct bsmtp_server_config){
+		.hostname = options.hostname != NULL ? options.hostname : host_name(),
+		.max_size = options.max_size,
+		.max_recipients = (unsigned)options.max_recipients,
+		.keywords = options.keywords,
+		.opening = (enum bsmtp_opening)options.opening,
+		.no_smtp = options.no_smtp,
+		.normalize = options.normalize,
+		.faults = options.faults,
+		.fault_count = options.fault_count,
+		.tap = options.trace ? trace_tap : NULL,
+	};
+	raise_limits();
+	if (!catch_signals(l) || !committer_start(&l->committer, &l->store)) {
+		diag("%s", strerror(errno));
+		status = EX_OSERR;
+	} else {
+		status = start_listening(l);
+		if (status == EX_OK)
+			status = serve(l);
+	}
+	listener_free(l);
+	if (!stdout_good() && status == EX_OK)
+		status = EX_IOERR;
+	return status;
+}
+
+/* ==== 14 options ========================================================= */
+
+enum program { SEND = 1, LISTEN = 2, BOTH = 3 };
+
+/* One option: where it goes is known by its parser; usage, environment and
+ * getopt_long() are made from the same row. */
+struct option_row {
+	enum program program;
+	char letter;            /* 0: none */
+	const char *name, *argument, *help;
+	const char *(*parse)(const char *text, void *where);
+	void *where;
+};
+
+static const char *parse_flag(const char *text, void *where)
+{
+	(void)text;
+	*(bool *)where = true;
+	return NULL;
+}
+
+static const char *parse_text(const char *text, void *where)
+{
+	free(*(char **)where);
+	*(char **)where = copy_slice(slice_of(text));
+	return NULL;
+}
+
+/* A number with one of these units behind it. */
+static const char *parse_scaled(const char *text, uint64_t *out, const char *const *units,
+    const uint64_t *scales, size_t count, uint64_t bare)
+{
+	struct bsmtp_slice s = slice_of(text);
+	uint64_t n = 0, scale = bare;
+	ptrdiff_t used = bsmtp_number_parse(&n, s.at, s.len);
+
+	if (used <= 0)
+		return "not a number";
+	s = slice(s.at + used, s.len - (size_t)used);
+	if (s.len > 0) {
+		size_t i = 0;
+		while (i < count && !same(s, units[i]))
+			i++;
+		if (i == count)
+			return "the unit is not known";
+		scale = scales[i];
+	}
+	if (n > (uint64_t)INT64_MAX / 1000 / scale)
+		return "too large";
+	*out = n * scale;
+	return NULL;
+}
+
+static const char *parse_time(const char *text, void *where)
+{
+	static const char *const units[] = { "ms", "s", "m", "h", "d" };
+	static const uint64_t scales[] = { 1, 1000, 60000, 3600000, 86400000 };
+
+	return parse_scaled(text, where, units, scales, COUNT(units), 1000);
+}
+
+static const char *parse_size(const char *text, void *where)
+{
+	static const char *const units[] = { "k", "m", "g" };
+	static const uint64_t scales[] = { 1 << 10, 1 << 20, 1 << 30 };
+
+	return parse_scaled(text, where, units, scales, COUNT(units), 1);
+}
+
+static const char *parse_number(const char *text, void *where)
+{
+	return parse_scaled(text, where, NULL, NULL, 0, 1);
+}
+
+static const char *parse_positive(const char *text, void *where)
+{
+	const char *wrong = parse_number(text, where);
+
+	return wrong != NULL ? wrong : *(uint64_t *)where == 0 ? "it must be 1 or more" : NULL;
+}
+
+/* The index of a word that `name` gives for 0, 1, …; the sum is count. */
+static const char *parse_word(const char *text, unsigned *where, unsigned count,
+    const char *(*name)(unsigned))
+{
+	for (unsigned i = 0; i < count; i++)
+		if (strcmp(text, name(i)) == 0) {
+			*where = i;
+			return NULL;
+		}
+	return "the word is not known";
+}
+
+static const char *mode_word(unsigned i) { return bsmtp_mode_name((enum bsmtp_mode)i); }
+static const char *framing_word(unsigned i) { return bsmtp_framing_name((enum bsmtp_framing)i); }
+static const char *opening_word(unsigned i) { return bsmtp_opening_name((enum bsmtp_opening)i); }
+
+static const char *format_word(unsigned i)
+{
+	static const char *const words[] = { "auto", "message", "mbox", "maildir" };
+	return words[i];
+}
+
+static const char *parse_mode(const char *text, void *where)
+{
+	return parse_word(text, where, BSMTP_MODES, mode_word);
+}
+
+static const char *parse_framing(const char *text, void *where)
+{
+	return parse_word(text, where, BSMTP_FRAMINGS, framing_word);
+}
+
+static const char *parse_opening(const char *text, void *where)
+{
+	return parse_word(text, where, BSMTP_OPENINGS, opening_word);
+}
+
+static const char *parse_format(const char *text, void *where)
+{
+	return parse_word(text, where, FORMAT_MAILDIR + 1, format_word);
+}
+
+/* Two words for a switch: the second sets it. */
+static const char *parse_switch(const char *text, void *where, const char *off, const char *on)
+{
+	*(bool *)where = strcmp(text, on) == 0;
+	return strcmp(text, on) == 0 || strcmp(text, off) == 0 ? NULL : "the word is not known";
+}
+
+static const char *parse_variant(const char *text, void *where)
+{
+	return parse_switch(text, where, "rd", "o");
+}
+
+static const char *parse_smtp(const char *text, void *where)
+{
+	return parse_switch(text, where, "allow", "deny");
+}
+
+static const char *parse_newlines(const char *text, void *where)
+{
+	return parse_switch(text, where, "reject", "normalize");
+}
+
+static const char *parse_grace(const char *text, void *where)
+{
+	options.grace_given = true;
+	return parse_time(text, where);
+}
+
+static const char *parse_deadline(const char *text, void *where)
+{
+	options.deadline_given = true;
+	return parse_time(text, where);
+}
+
+static const char *parse_from(const char *text, void *where)
+{
+	struct bsmtp_slice s = trim(slice_of(text));
+
+	if (s.len >= 2 && s.at[0] == '<' && s.at[s.len - 1] == '>')
+		s = slice(s.at + 1, s.len - 2);
+	if (s.len > 0 && !bsmtp_mailbox_valid(s, true))
+		return "not a mailbox (local-part@domain, or <>)";
+	free(*(char **)where);
+	*(char **)where = copy_slice(s);
+	return NULL;
+}
+
+static const char *parse_to(const char *text, void *where)
+{
+	struct bsmtp_slice rest = slice_of(text);
+	char address[BSMTP_MAILBOX_MAX];
+	size_t len, before = ((struct list *)where)->count;
+	int found;
+
+	while ((found = bsmtp_address_next(&rest, address, &len)) == 1) {
+		if (!bsmtp_mailbox_valid(slice(address, len), true))
+			return "not a mailbox (local-part@domain)";
+		list_add(where, slice(address, len));
+	}
+	return found < 0 || ((struct list *)where)->count == before ?
+	    "not a mailbox (local-part@domain)" : NULL;
+}
+
+static const char *parse_domain(const char *text, void *where)
+{
+	return bsmtp_domain_valid(slice_of(text), false) ? parse_text(text, where) :
+	    "not a domain or address literal";
+}
+
+static const char *parse_cidr(const char *text, void *where)
+{
+	const char *bar = strchr(text, '/');
+	char *host = copy_slice(slice(text, bar != NULL ? (size_t)(bar - text) : strlen(text)));
+	struct cidr c;
+	uint64_t bits = 0, most = 0;
+
+	(void)where;
+	memset(&c, 0, sizeof c);
+	if (inet_pton(AF_INET6, host, c.address) == 1) {
+		most = bits = 128;
+	} else if (inet_pton(AF_INET, host, c.address + 12) == 1) {
+		c.address[10] = c.address[11] = 0xFF;
+		most = bits = 32;
+	}
+	free(host);
+	if (most == 0 || (bar != NULL && (parse_number(bar + 1, &bits) != NULL || bits > most)))
+		return "not an address with a prefix length (192.0.2.0/24, 2001:db8::/32)";
+	c.bits = (unsigned)(bits + (128 - most));
+	options.allow = grow(options.allow, (options.allow_count + 1) * sizeof c);
+	options.allow[options.allow_count++] = c;
+	return NULL;
+}
+
+static const char *set_store(enum store_kind kind, const char *path)
+{
+	options.store = kind;
+	return path == NULL ? NULL : parse_text(path, &options.store_path);
+}
+
+static const char *parse_maildir(const char *text, void *where)
+{
+	(void)where;
+	return set_store(STORE_MAILDIR, text);
+}
+
+static const char *parse_eml(const char *text, void *where)
+{
+	(void)where;
+	return set_store(STORE_EML, text);
+}
+
+static const char *parse_discard(const char *text, void *where)
+{
+	(void)text;
+	(void)where;
+	return set_store(STORE_DISCARD, NULL);
+}
+
+static const char *parse_cut(const char *text, void *where)
+{
+	(void)where;
+	if (strncmp(text, "messages:", 9) == 0)
+		return parse_positive(text + 9, &options.cut_messages);
+	return parse_positive(text, &options.cut_octets);
+}
+
+static const char *parse_keywords(const char *text, void *where)
+{
+	struct bsmtp_slice rest = slice_of(text);
+	unsigned keys = 0;
+
+	while (rest.len > 0) {
+		size_t n = 0, bit = 1;
+		while (n < rest.len && rest.at[n] != ',' && rest.at[n] != ' ')
+			n++;
+		while (n > 0 && bit <= BSMTP_KEYS_ALL &&
+		    !same(slice(rest.at, n), bsmtp_keyword_name((enum bsmtp_keyword)bit)))
+			bit <<= 1;
+		if (n > 0 && bit > BSMTP_KEYS_ALL)
+			return "a keyword is not known";
+		keys |= n > 0 ? (unsigned)bit : 0;
+		n += n < rest.len;
+		rest = slice(rest.at + n, rest.len - n);
+	}
+	*(unsigned *)where = keys;
+	return NULL;
+}
+
+static const char *parse_fault(const char *text, void *where)
+{
+	struct bsmtp_fault fault;
+	struct bsmtp_slice time;
+	const char *wrong;
+	char *spec = copy_slice(slice_of(text)), *word;
+
+	(void)where;
+	list_add(&options.to, slice_of(spec));  /* owns the text; listen has no --to */
+	free(spec);
+	spec = options.to.items[options.to.count - 1];
+	wrong = bsmtp_fault_parse(&fault, slice_of(spec), &time);
+	if (wrong == NULL && fault.action == BSMTP_FAULT_DELAY) {
+		word = copy_slice(time);
+		wrong = parse_time(word, &fault.delay_ms);
+		free(word);
+	}
+	if (wrong != NULL)
+		return wrong;
+	options.faults = grow(options.faults, (options.fault_count + 1) * sizeof fault);
+	options.faults[options.fault_count++] = fault;
+	return NULL;
+}
+
+static const char *parse_family(const char *text, void *where)
+{
+	(void)where;
+	options.family = text[0] == '4' ? 4 : 6;
+	return NULL;
+}
+
+static const struct option_row option_rows[] = {
+	{ SEND, 's', "server", "ADDR", "where to (localhost:2525)", parse_text, &options.server },
+	{ SEND, 'f', "from", "ADDR", "envelope sender; <> is the null sender", parse_from, &options.from },
+	{ SEND, 'r', "to", "ADDR", "envelope recipient; repeatable, comma lists", parse_to, &options.to },
+	{ SEND, 't', "to-headers", NULL, "recipients from To, Cc, Bcc; Bcc is removed", parse_flag, &options.to_headers },
+	{ SEND, 0, "format", "F", "auto, message, mbox, maildir (auto)", parse_format, &options.format },
+	{ SEND, 0, "mbox-variant", "V", "how >From is un-escaped: rd, o (rd)", parse_variant, &options.mboxo },
+	{ SEND, 0, "mode", "M", "bsmtp, early, pipelining, lockstep (bsmtp)", parse_mode, &options.mode },
+	{ SEND, 0, "grace", "TIME", "how long to wait for a refusal (3 x connect + 200ms)", parse_grace, &options.grace_ms },
+	{ SEND, 0, "await-greeting", NULL, "wait for the greeting before opening", parse_flag, &options.await_greeting },
+	{ SEND, 0, "framing", "F", "auto, bdat, data (auto)", parse_framing, &options.framing },
+	{ SEND, 0, "blind", NULL, "send the body behind DATA without waiting for 354", parse_flag, &options.blind },
+	{ SEND, 0, "helo", "NAME", "who to say we are (this host)", parse_domain, &options.helo },
+	{ SEND, '4', "ipv4", NULL, "use IPv4 only", parse_family, NULL },
+	{ SEND, '6', "ipv6", NULL, "use IPv6 only", parse_family, NULL },
+	{ SEND, 0, "stop-after", "N", "give up after N refused messages", parse_positive, &options.stop_after },
+	{ SEND, 0, "keep-going", NULL, "never give up for refusals (the default)", parse_number, &options.stop_after },
+	{ LISTEN, 'd', "maildir", "DIR", "store in a Maildir (./received)", parse_maildir, NULL },
+	{ LISTEN, 0, "eml", "DIR", "store as DIR/NNNNNN.eml and .json", parse_eml, NULL },
+	{ LISTEN, 0, "discard", NULL, "store nothing", parse_discard, NULL },
+	{ LISTEN, 0, "allow", "CIDR", "who may speak; repeatable (loopback)", parse_cidr, NULL },
+	{ LISTEN, 0, "smtp", "WORD", "EHLO and HELO sessions: allow, deny (allow)", parse_smtp, &options.no_smtp },
+	{ LISTEN, 0, "hostname", "NAME", "who to say we are (this host)", parse_domain, &options.hostname },
+	{ LISTEN, 0, "max-size", "SIZE", "octets of a message (64m)", parse_size, &options.max_size },
+	{ LISTEN, 0, "max-recipients", "N", "recipients of a message (1000)", parse_positive, &options.max_recipients },
+	{ LISTEN, 0, "max-connections", "N", "sessions at a time (1000)", parse_positive, &options.max_connections },
+	{ LISTEN, 0, "max-per-peer", "N", "sessions at a time from one address (no limit)", parse_positive, &options.max_per_peer },
+	{ LISTEN, 0, "bare-newlines", "WORD", "bodies with bare CR or LF: reject, normalize (reject)", parse_newlines, &options.normalize },
+	{ LISTEN, 0, "count", "N", "stop after N messages", parse_positive, &options.count },
+	{ LISTEN, 0, "once", NULL, "stop after the first session", parse_flag, &options.once },
+	{ LISTEN, 0, "deadline", "TIME", "give up after TIME", parse_deadline, &options.deadline_ms },
+	{ LISTEN, 0, "address-file", "FILE", "write the bound addresses there, once ready", parse_text, &options.address_file },
+	{ LISTEN, 0, "bsmtp", "WORD", "what the opening gets: accept, silent, refuse, close, unknown", parse_opening, &options.opening },
+	{ LISTEN, 0, "reply", "RULE", "VERB[#N][ GLOB]=ACTION: a reply, drop, silent, delay TIME", parse_fault, NULL },
+	{ LISTEN, 0, "latency", "TIME", "act on what arrives so much later", parse_time, &options.latency_ms },
+	{ LISTEN, 0, "cut-after", "N", "drop the connection after N octets, or messages:N", parse_cut, NULL },
+	{ LISTEN, 0, "keywords", "LIST", "offer only these EHLO keywords", parse_keywords, &options.keywords },
+	{ BOTH, 0, "timeout", "TIME", "silence allowed (5m)", parse_time, &options.timeout_ms },
+	{ BOTH, 0, "json", NULL, "one JSON object a line on standard output", parse_flag, &options.json },
+	{ BOTH, 'v', "trace", NULL, "the annotated transcript on standard error", parse_flag, &options.trace },
+	{ BOTH, 'h', "help", NULL, "print this and exit", NULL, NULL },
+};
+
+static void usage(enum program program)
+{
+	printf("usage: bsmtp %s\n\n", program == SEND ? "send [options] [file ...]" :
+	    "listen [options] [address ...]");
+	for (size_t i = 0; i < COUNT(option_rows); i++) {
+		const struct option_row *row = &option_rows[i];
+		char names[64];
+		if (!(row->program & program))
+			continue;
+		snprintf(names, sizeof names, "%c%c%s --%s%s%s", row->letter != 0 ? '-' : ' ',
+		    row->letter != 0 ? row->letter : ' ', row->letter != 0 ? "," : " ", row->name,
+		    row->argument != NULL ? " " : "", row->argument != NULL ? row->argument : "");
+		printf("  %-28s %s\n", names, row->help);
+	}
+	puts("\nTIME: a number with ms, s, m, h, d (bare: seconds).  SIZE: k, m, g.\n"
+	    "See bsmtp(1); the protocol is in bsmtp(7).");
+}
+
+static int set_option(const struct option_row *row, const char *text, const char *origin)
+{
+	const char *wrong = row->parse(row->argument == NULL ? row->name + 3 : text, row->where);
+
+	if (row->parse == parse_family)
+		wrong = parse_family(strcmp(row->name, "ipv4") == 0 ? "4" : "6", NULL);
+	if (row->parse == parse_number && row->argument == NULL) {
+		options.stop_after = 0;
+		wrong = NULL;
+	}
+	if (wrong == NULL)
+		return EX_OK;
+	diag("%s%s %s: %s", origin, row->name, text != NULL ? text : "", wrong);
+	return EX_USAGE;
+}
+
+/* BSMTP_MAX_SIZE for --max-size; a flag is set by anything but "" and "0". */
+static int read_environment(enum program program)
+{
+	int status = EX_OK;
+
+	for (size_t i = 0; i < COUNT(option_rows) && status == EX_OK; i++) {
+		const struct option_row *row = &option_rows[i];
+		char name[64] = "BSMTP_";
+		const char *value;
+		size_t n = strlen(name);
+		for (const char *p = row->name; *p != '\0' && n < sizeof name - 1; p++)
+			name[n++] = *p == '-' ? '_' : lower(*p) != *p ? *p : (char)(is_alpha(*p) ? *p - 32 : *p);
+		name[n] = '\0';
+		value = getenv(name);
+		if (!(row->program & program) || row->parse == NULL || value == NULL || *value == '\0' ||
+		    (row->argument == NULL && strcmp(value, "0") == 0))
+			continue;
+		status = set_option(row, value, "environment: ");
+	}
+	return status;
+}
+
+enum { DONE = -1 };
+
+/* Reads the command line behind the verb: EX_OK, EX_USAGE, or DONE. */
+static int read_options(enum program program, int argc, char **argv)
+{
+	struct option longs[COUNT(option_rows) + 1];
+	char shorts[COUNT(option_rows) * 2 + 1];
+	size_t n = 0, k = 0;
+	int found, index = -1, status = read_environment(program);
+	bool to_given = false;
+
+	memset(longs, 0, sizeof longs);
+	for (size_t i = 0; i < COUNT(option_rows); i++) {
+		const struct option_row *row = &option_rows[i];
+		if (!(row->program & program))
+			continue;
+		longs[n++] = (struct option){ row->name, row->argument != NULL, NULL, 256 + (int)i };
+		if (row->letter != 0) {
+			shorts[k++] = row->letter;
+			if (row->argument != NULL)
+				shorts[k++] = ':';
+		}
+	}
+	shorts[k] = '\0';
+	while (status == EX_OK && (found = getopt_long(argc, argv, shorts, longs, &index)) != -1) {
+		const struct option_row *row = found >= 256 ? &option_rows[found - 256] : NULL;
+		for (size_t i = 0; i < COUNT(option_rows) && found < 256; i++)
+			if (option_rows[i].letter == found && (option_rows[i].program & program))
+				row = &option_rows[i];
+		if (found == '?' || row == NULL) {
+			status = EX_USAGE;
+			break;
+		}
+		if (row->parse == NULL) {
+			usage(program);
+			return DONE;
+		}
+		if (row->parse == parse_to && !to_given) {      /* it wins over the environment */
+			list_free(&options.to);
+			to_given = true;
+		}
+		status = set_option(row, optarg, "--");
+	}
+	for (int i = optind; i < argc && status == EX_OK; i++)
+		list_add(&options.operands, slice_of(argv[i]));
+	return status;
+}
+
+static int check_send(void)
+{
+	if (options.to.count == 0 && !options.to_headers) {
+		diag("no recipients: give --to ADDR, or -t to take them from the header");
+		return EX_USAGE;
+	}
+	return EX_OK;
+}
+
+/* ==== 15 main ============================================================ */
+
+static void set_defaults(void)
+{
+	options.timeout_ms = 300000;
+	options.server = copy_slice(slice_of("localhost:2525"));
+	options.store_path = copy_slice(slice_of("received"));
+	options.max_size = 64 << 20;
+	options.max_recipients = options.max_connections = 1000;
+	options.keywords = BSMTP_KEYS_ALL;
+}
+
+static void free_options(void)
+{
+	list_free(&options.operands);
+	list_free(&options.to);
+	free(options.server);
+	free(options.from);
+	free(options.helo);
+	free(options.store_path);
+	free(options.allow);
+	free(options.hostname);
+	free(options.address_file);
+	free(options.faults);
+}
+
+static const char short_usage[] =
+    "usage: bsmtp send [options] [file ...]\n"
+    "       bsmtp listen [options] [address ...]\n"
+    "       bsmtp version\n"
+    "bsmtp send --help and bsmtp listen --help list the options.\n";
+
+int main(int argc, char **argv)
+{
+	const char *verb = argc > 1 ? argv[1] : "";
+	enum program which = strcmp(verb, "send") == 0 ? SEND : LISTEN;
+	char name[] = "bsmtp";
+	int status;
+
+	(void)signal(SIGPIPE, SIG_IGN);
+	if (strcmp(verb, "version") == 0 || strcmp(verb, "--version") == 0) {
+		puts("bsmtp " BSMTP_VERSION);
+		return stdout_good() ? EX_OK : EX_IOERR;
+	}
+	if (strcmp(verb, "help") == 0 || strcmp(verb, "--help") == 0 || strcmp(verb, "-h") == 0) {
+		fputs(short_usage, stdout);
+		return stdout_good() ? EX_OK : EX_IOERR;
+	}
+	if (strcmp(verb, "send") != 0 && strcmp(verb, "listen") != 0) {
+		fputs(short_usage, stderr);
+		return EX_USAGE;
+	}
+	argv[1] = name;                 /* getopt_long() signs its complaints with it */
+	set_defaults();
+	status = read_options(which, argc - 1, argv + 1);
+	if (status == EX_OK && which == SEND)
+		status = check_send();
+	if (status == EX_OK)
+		status = which == SEND ? send_main() : listen_main();
+	free_options();
+	return status == DONE ? EX_OK : status;
+}
+#endif /* BSMTP_NO_MAIN */
