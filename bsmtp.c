@@ -2144,27 +2144,23 @@ static void tap_replies(struct bsmtp_server *s, struct bsmtp_slice text)
 
 size_t bsmtp_server_out(struct bsmtp_server *s, char *out, size_t cap, bool *closed)
 {
-	char one[BSMTP_SERVER_OUT_MIN];
 	size_t made = 0;
 
-	*closed = s->dropped;
-	while (!s->dropped && s->held_first < s->held_next) {
+	while (!s->dropped && s->held_first < s->held_next && cap - made >= BSMTP_SERVER_OUT_MIN) {
 		const struct bsmtp_held *h = held_at(s, s->held_first);
-		struct text t = { one, 0, sizeof one };
+		struct text t = { out + made, 0, cap - made };
 		if (h->open)
 			break;
 		put_answer(s, &t, h);
-		if (t.len > cap - made)
-			break;
-		memcpy(out + made, one, t.len);
+		tap_replies(s, slice(out + made, t.len));
 		made += t.len;
-		tap_replies(s, slice(one, t.len));
 		if (h->answer == ANSWER_DROP) {
-			*closed = s->dropped = true;
+			s->dropped = true;
 			end_with(s, BSMTP_END_ERROR);
 		}
 		s->held_first++;
 	}
+	*closed = s->dropped;
 	return made;
 }
 
@@ -3231,7 +3227,7 @@ enum got { GOT_DATA, GOT_WAIT, GOT_END, GOT_ERROR };
 struct source {
 	size_t operand;
 	int fd;
-	bool opened, regular, eof, in_message, head_done, ended;
+	bool opened, regular, eof, in_message, head_done, head_long, ended;
 	enum format format;
 	char name[1024];
 	DIR *dir;
@@ -3495,6 +3491,7 @@ static enum got fill_head(struct source *s)
 			return got;
 		if (got == GOT_END || s->head_len == HEAD_MAX) {
 			s->head_done = true;
+			s->head_long = got != GOT_END;
 			break;
 		}
 		n = min_size(min_size(s->text.len, HEAD_MAX - s->head_len), 2048);
@@ -3554,7 +3551,7 @@ static enum got source_next(struct source *s)
 				continue;
 			}
 			s->in_message = true;
-			s->ended = s->head_done = false;
+			s->ended = s->head_done = s->head_long = false;
 			s->head_len = s->head_given = s->head_scan = 0;
 		}
 		got = fill_head(s);
@@ -4310,7 +4307,7 @@ struct sender {
 	uint64_t n, counts[BSMTP_FATES], octets, turnarounds, refused;
 	int64_t start_us, progress_us, grace_start_us, connect_us, grace_us;
 	bool ready;                     /* a message waits to be begun */
-	bool source_waits, source_over, turned, broken, half_closed, grace_waited, hopeless;
+	bool source_waits, source_over, turned, broken, half_closed, grace_waited, hopeless, agreed;
 	int status;
 	char out[OUT_SIZE];
 	unsigned char due[DUE_SIZE];
@@ -4516,6 +4513,9 @@ static void keep_rcpt(struct sender *s, const struct bsmtp_client_event *e)
 
 static void report_opening(struct sender *s, const char *agreed)
 {
+	if (s->agreed)
+		return;
+	s->agreed = true;
 	trace_note(&s->trace, "agreed by %s", agreed);
 	if (!options.json)
 		return;
@@ -4570,8 +4570,7 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 	case BSMTP_CLIENT_OPENED:
 		if (bsmtp_client_in_lockstep(&s->client) && s->config.mode != BSMTP_MODE_LOCKSTEP)
 			trace_note(&s->trace, "no PIPELINING there: going on in lockstep");
-		if (!e->late || s->config.mode != BSMTP_MODE_BSMTP || options.grace_given)
-			report_opening(s, "reply");
+		report_opening(s, "reply");
 		break;
 	case BSMTP_CLIENT_REFUSED:
 		on_refused(s, e);
@@ -4611,9 +4610,7 @@ static void next_message(struct sender *s)
 /* Why the message that is ready cannot be sent; NULL if it can. */
 static const char *unsendable(struct sender *s)
 {
-	if (s->source.head_len == HEAD_MAX && !s->source.ended && options.to_headers &&
-	    s->source.head_scan + 2 < HEAD_MAX && memchr(s->source.head, '\0', 0) == NULL &&
-	    !s->source.head_done)
+	if (options.to_headers && s->source.head_long)
 		return "its header is too long to look for recipients";
 	if (options.to_headers && s->header.bad_recipient)
 		return "a recipient field of its header is malformed";
@@ -5118,7 +5115,9 @@ struct session {
 	uint64_t messages, octets, received, turnarounds;
 	int64_t start_us, progress_us, resume_us, linger_us;
 	uint64_t linger_octets;
-	bool ending, lingering, answered, counted, writable;
+	bool ending, lingering, answered;
+	bool eof;                       /* the peer will send no more */
+	bool blocked;                   /* no room for more replies: send some first */
 };
 
 struct listener {
@@ -5389,6 +5388,7 @@ static size_t session_work(struct session *s, const char *in, size_t len)
 	size_t used = 0;
 	bool idle = false;
 
+	s->blocked = false;
 	while (may_work(s) && !idle) {
 		struct bsmtp_server_event e;
 		used += bsmtp_server_in(&s->server, in + used, len - used, &e);
@@ -5398,8 +5398,10 @@ static size_t session_work(struct session *s, const char *in, size_t len)
 			size_t owed = bsmtp_server_owed(&s->server);
 			lend_more(s);
 			if (!session_flush(s) || (bsmtp_server_owed(&s->server) == owed &&
-			    (s->many == NULL || owed + 2 > HELD_SIZE)))
+			    (s->many == NULL || owed + 2 > HELD_SIZE))) {
+				s->blocked = true;
 				break;
+			}
 		}
 	}
 	return s->ending ? len : used;
@@ -5458,7 +5460,8 @@ static void session_read(struct session *s)
 	ssize_t n;
 
 	if (options.cut_octets > 0)
-		most = min_size(most, (size_t)min_size(options.cut_octets - s->received, SIZE_MAX));
+		most = options.cut_octets - s->received < most ?
+		    (size_t)(options.cut_octets - s->received) : most;
 	n = link_read(s->fd, l->in, most);
 	if (n == LINK_AGAIN)
 		return;
@@ -5476,6 +5479,7 @@ static void session_read(struct session *s)
 	if (s->answered && n > 0 && s->first == NULL)
 		s->turnarounds++;
 	s->answered = false;
+	s->eof = n == 0;
 	s->received += (uint64_t)n;
 	if (s->first == NULL && options.latency_ms == 0)
 		used = session_work(s, l->in, (size_t)n);
@@ -5786,7 +5790,7 @@ static bool wants_input(const struct session *s)
 {
 	if (s->lingering)
 		return true;
-	if (s->ending || s->out != NULL || s->listener->pending >= GROUP_MAX)
+	if (s->ending || s->eof || s->out != NULL || s->listener->pending >= GROUP_MAX)
 		return false;
 	return options.latency_ms > 0 ? s->delayed < DELAY_LINE_MAX :
 	    s->first == NULL && s->resume_us == 0;
@@ -5801,7 +5805,7 @@ static int64_t session_alarm(const struct session *s)
 
 	if (s->resume_us != 0 && s->resume_us < at)
 		at = s->resume_us;
-	if (s->first != NULL && may_work(s) && s->first->due_us < at && !s->lingering)
+	if (s->first != NULL && may_work(s) && !s->blocked && s->first->due_us < at && !s->lingering)
 		at = s->first->due_us;
 	return at;
 }
@@ -5855,8 +5859,11 @@ static void wait_for_events(struct listener *l)
 			continue;
 		at = session_alarm(s);
 		alarm = at < alarm ? at : alarm;
-		p[n++] = (struct pollfd){ s->fd, (short)((wants_input(s) ? POLLIN : 0) |
+		p[n] = (struct pollfd){ s->fd, (short)((wants_input(s) ? POLLIN : 0) |
 		    (s->out != NULL ? POLLOUT : 0)), 0 };
+		if (p[n].events == 0)           /* else a hang-up would wake us for ever */
+			p[n].fd = -1;
+		n++;
 	}
 	if (options.deadline_given && l->stop_us == 0 &&
 	    l->start_us + (int64_t)options.deadline_ms * 1000 < alarm)
@@ -5894,9 +5901,9 @@ static void one_round(struct listener *l)
 	take_committed(l);
 	for (struct session *s = l->sessions; s != NULL; s = s->next)
 		if (s->fd >= 0 && (l->polls[n++].revents & (POLLIN | POLLHUP | POLLERR)) != 0) {
-			if (wants_input(s) || (l->polls[n - 1].revents & POLLERR))
+			if (wants_input(s))
 				session_read(s);
-			else if (!(l->polls[n - 1].revents & POLLIN))
+			else            /* replies wait, and nobody will ever read them */
 				session_gone(s);
 		}
 	now = now_us();
