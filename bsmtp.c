@@ -1651,6 +1651,12 @@ static void learn(struct bsmtp_client *c, struct bsmtp_slice text)
 			c->offered |= bit;
 }
 
+static void answered(struct bsmtp_client *c)
+{
+	c->due_first = (c->due_first + 1) % c->due_size;
+	c->due_count--;
+}
+
 /* The last line of a reply, whatever it answers: by counting alone. */
 static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
@@ -1660,9 +1666,12 @@ static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event)
 		fail(c, event, event->code == 421 ? BSMTP_E_STOPPED : BSMTP_E_UNASKED);
 		return;
 	}
+	/* An opening's reply has no enhanced status code (RFC 2034 3): with one,
+	 * the server kept silent about the opening and this answers what follows. */
+	if (c->due[c->due_first] == BSMTP_VERB_BSMTP && c->streamed && event->code / 100 == 2 &&
+	    event->status.len > 0)
+		answered(c);
 	event->verb = (enum bsmtp_verb)c->due[c->due_first];
-	c->due_first = (c->due_first + 1) % c->due_size;
-	c->due_count--;
 	opening = event->verb <= BSMTP_VERB_BSMTP;
 	if (!opening && (event->code == 421 || (event->code == 221 && event->verb != BSMTP_VERB_QUIT))) {
 		fail(c, event, BSMTP_E_STOPPED);
@@ -1673,6 +1682,7 @@ static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event)
 		fail(c, event, BSMTP_E_OUT_OF_PLACE);
 		return;
 	}
+	answered(c);
 	switch (event->verb) {
 	case BSMTP_VERB_CONNECT:
 		answer_greeting(c, event);
