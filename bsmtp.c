@@ -1228,6 +1228,12 @@ void bsmtp_client_init(struct bsmtp_client *c, const struct bsmtp_client_config 
 		write_opening(c, mode_of(c)->opening);
 }
 
+static void write_reset(struct bsmtp_client *c)
+{
+	write_line(c, BSMTP_VERB_RSET, slice_of("RSET"));
+	c->unsure = false;
+}
+
 /* Between commands: whether the next one may be written. */
 static enum bsmtp_want want_command(const struct bsmtp_client *c, enum bsmtp_want want)
 {
@@ -1292,7 +1298,7 @@ void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool 
 	/* A refused DATA or BDAT may leave the transaction open (RFC 3030 2,
 	 * Exim 4.96), and in a stream that is not known yet. */
 	if (!c->first && c->unsure && !(c->offered & BSMTP_KEY_BSMTP))
-		write_line(c, BSMTP_VERB_RSET, slice_of("RSET"));
+		write_reset(c);
 	put_string(&t, ">");
 	if (keys & BSMTP_KEY_8BITMIME)
 		put_string(&t, " BODY=8BITMIME");
@@ -1566,16 +1572,22 @@ static void answer_body(struct bsmtp_client *c, struct bsmtp_client_event *event
 		return;
 	if (event->code / 100 == 2 && c->due_count == 0 && !c->writing)
 		c->unsure = false;
+	else if (c->lockstep && c->unsure && !(c->offered & BSMTP_KEY_BSMTP))
+		write_reset(c);
 	give_fate(c, event, true);
 }
 
 void bsmtp_client_skipped(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
 	memset(event, 0, sizeof *event);
-	if (c->writing)
-		give_fate(c, event, true);
-	c->writing = false;
 	c->state = CLIENT_MAIL;
+	if (!c->writing)
+		return;
+	/* No body ended the transaction, so RSET must, whatever was offered. */
+	if (!c->mail_bad)
+		write_reset(c);
+	give_fate(c, event, true);
+	c->writing = false;
 }
 
 static void refuse(struct bsmtp_client *c, struct bsmtp_client_event *event,
@@ -2277,11 +2289,15 @@ static void begin_body(struct bsmtp_server *s)
 static size_t body_text(struct bsmtp_server *s, const char *in, size_t len,
     struct bsmtp_server_event *event)
 {
-	size_t used = bsmtp_newlines(&s->newlines, in, len, &event->text);
+	uint64_t left = s->config->max_size > s->size ? s->config->max_size - s->size : 0;
+	size_t used;
 
-	s->size += used;
-	if (s->size > s->config->max_size)
+	if (left == 0 && len > 0)
 		condemn(s, ANSWER_TOO_BIG, 0);
+	else if (left < len)            /* give what fits, wherever the input is cut */
+		len = (size_t)left;
+	used = bsmtp_newlines(&s->newlines, in, len, &event->text);
+	s->size += used;
 	if (s->verdict == 0 && event->text.len > 0)
 		event->type = BSMTP_SERVER_TEXT;
 	return used;
