@@ -505,9 +505,7 @@ ptrdiff_t bsmtp_parameter_parse(struct bsmtp_parameter *parameter, const char *i
 	parameter->value = slice(NULL, 0);
 	if (i < len && in[i] == '=') {
 		start = ++i;
-		while (i < len && in[i] != '=' && in[i] > ' ' && in[i] != 127)
-			i++;
-		while (i < len && is_8bit(in[i]))
+		while (i < len && in[i] != '=' && in[i] != 127 && (in[i] > ' ' || is_8bit(in[i])))
 			i++;
 		if (i == start)
 			return BSMTP_BAD;
@@ -739,14 +737,17 @@ ptrdiff_t bsmtp_from_line_parse(struct bsmtp_slice *sender, const char *in, size
 
 enum { MBOX_START, MBOX_LINE, MBOX_MIDDLE, MBOX_OVER };
 
-/* The octets of a blank line at the head of s; BSMTP_MORE if it may be one. */
-static ptrdiff_t blank_line(const char *in, size_t len, bool last)
+/* The octets of a blank line at the head of in[0..len), where a From_ line or
+ * the end of the file may follow it; no other is ever withheld. */
+static ptrdiff_t blank_before_from(const char *in, size_t len, bool last)
 {
-	if (len == 0 || (len == 1 && in[0] == '\r' && !last))
-		return BSMTP_MORE;
-	if (in[0] == '\n')
-		return 1;
-	return len > 1 && in[0] == '\r' && in[1] == '\n' ? 2 : BSMTP_BAD;
+	size_t n = in[0] == '\n' ? 1 : in[0] == '\r' ? 2 : 0;
+
+	if (n == 0 || (n == 2 && len > 1 && in[1] != '\n'))
+		return BSMTP_BAD;
+	if (len < n)
+		return last ? BSMTP_BAD : BSMTP_MORE;
+	return len == n || in[n] == 'F' ? (ptrdiff_t)n : BSMTP_BAD;
 }
 
 /* ">From " at the head of s, as the variant has it: 1 yes, 0 more, -1 no. */
@@ -763,25 +764,20 @@ static int is_quoted_from(const struct bsmtp_mbox *m, const char *in, size_t len
 	return len - i >= 5 ? 1 : last ? -1 : 0;
 }
 
-/* How far text runs from a line's start without anything that needs a look:
- * blank lines are passed when a line that is no From_ line is in sight. */
+/* How far text runs, from the start of a line that needs no look, to one that
+ * does; *at_line: it ended with a line. */
 static size_t plain_run(const char *in, size_t len, bool *at_line)
 {
 	size_t i = 0;
 
-	*at_line = true;
-	while (i < len) {
-		const char *end;
-		if (in[i] == '>' || (blank_line(in + i, len - i, false) >= 0 &&
-		    !(in[i] == '\n' && i + 1 < len && strchr("F\r\n>", in[i + 1]) == NULL)))
-			return i;
-		end = memchr(in + i, '\n', len - i);
-		if (end == NULL) {
-			*at_line = false;
+	do {
+		const char *end = memchr(in + i, '\n', len - i);
+		*at_line = end != NULL;
+		if (end == NULL)
 			return len;
-		}
 		i = (size_t)(end - in) + 1;
-	}
+	} while (i < len && in[i] != '>' &&
+	    blank_before_from(in + i, len - i, false) == BSMTP_BAD);
 	return i;
 }
 
@@ -802,53 +798,58 @@ static enum bsmtp_mbox_event mbox_release(struct bsmtp_mbox *m, struct bsmtp_sli
 	return BSMTP_MBOX_TEXT;
 }
 
+/* A line that begins with ">": one octet of it may be quoting. */
+static enum bsmtp_mbox_event mbox_quoted(struct bsmtp_mbox *m, const char *in, size_t len,
+    bool last, size_t *used, struct bsmtp_slice *out)
+{
+	int quoted = is_quoted_from(m, in, len, last);
+	const char *end;
+
+	if (quoted == 0)
+		return BSMTP_MBOX_NEED;
+	if (quoted > 0) {
+		*used += 1;
+		in++;
+		len--;
+	}
+	end = memchr(in, '\n', len);
+	return mbox_text(m, slice(in, end != NULL ? (size_t)(end - in) + 1 : len), used, out,
+	    end != NULL ? MBOX_LINE : MBOX_MIDDLE);
+}
+
+/* At the start of a line.  NEED with octets used: a blank line was withheld. */
 static enum bsmtp_mbox_event mbox_line(struct bsmtp_mbox *m, const char *in, size_t len,
     bool last, size_t *used, struct bsmtp_slice *out)
 {
-	ptrdiff_t blank = blank_line(in, len, last);
+	ptrdiff_t n;
 	bool at_line;
 	size_t run;
 
-	if (len == 0 && last) {
+	if (len == 0 && !last)
+		return BSMTP_MBOX_NEED;
+	if (len == 0) {
 		m->pending = 0;
 		m->state = MBOX_OVER;
 		return BSMTP_MBOX_END;
 	}
 	if (m->pending != 0) {
-		ptrdiff_t from = bsmtp_from_line_parse(out, in, len);
-		if (from > 0) {
-			m->pending = 0;
-			m->state = MBOX_START;
-			return BSMTP_MBOX_END;
-		}
-		if (from == BSMTP_MORE && !last)
+		n = bsmtp_from_line_parse(out, in, len);
+		if (n == BSMTP_MORE && !last)
 			return BSMTP_MBOX_NEED;
-		return mbox_release(m, out);
+		if (n <= 0)
+			return mbox_release(m, out);
+		m->pending = 0;
+		m->state = MBOX_START;
+		return BSMTP_MBOX_END;
 	}
-	if (blank == BSMTP_MORE)
-		return BSMTP_MBOX_NEED;
-	if (blank > 0 && len > (size_t)blank && in[blank] != 'F' && in[0] == '\n' &&
-	    in[1] != '\r' && in[1] != '\n' && in[1] != '>')
-		blank = BSMTP_BAD;
-	if (blank > 0) {
-		m->pending = (unsigned char)blank;
-		*used += (size_t)blank;
+	n = blank_before_from(in, len, last);
+	if (n >= 0) {
+		m->pending = (unsigned char)n;
+		*used += (size_t)n;
 		return BSMTP_MBOX_NEED;
 	}
-	if (in[0] == '>') {
-		int quoted = is_quoted_from(m, in, len, last);
-		const char *end;
-		if (quoted == 0)
-			return BSMTP_MBOX_NEED;
-		if (quoted > 0) {
-			*used += 1;
-			in++;
-			len--;
-		}
-		end = memchr(in, '\n', len);
-		run = end != NULL ? (size_t)(end - in) + 1 : len;
-		return mbox_text(m, slice(in, run), used, out, end != NULL ? MBOX_LINE : MBOX_MIDDLE);
-	}
+	if (in[0] == '>')
+		return mbox_quoted(m, in, len, last, used, out);
 	run = plain_run(in, len, &at_line);
 	return mbox_text(m, slice(in, run), used, out, at_line ? MBOX_LINE : MBOX_MIDDLE);
 }
@@ -1813,8 +1814,8 @@ size_t bsmtp_client_in(struct bsmtp_client *c, const char *in, size_t len,
 		    slice(at, (size_t)n - 2), 0);
 		c->line_len = 0;
 		reply_line(c, &line, (size_t)n, event);
-		if (event->verb == BSMTP_VERB_MAIL || event->verb == BSMTP_VERB_DATA)
-			break;          /* the caller may write again */
+		if (c->reply_lines == 0)
+			break;          /* a reply is whole: the caller may write again */
 	}
 	return used;
 }
@@ -2081,7 +2082,6 @@ static unsigned fault_answer(struct bsmtp_server *s, const struct bsmtp_fault *f
     uint64_t *argument)
 {
 	*argument = (uint64_t)(f - s->config->faults);
-	(void)s;
 	return f->action == BSMTP_FAULT_DROP ? ANSWER_DROP :
 	    f->action == BSMTP_FAULT_SILENT ? ANSWER_SILENT : ANSWER_CUSTOM;
 }
@@ -3000,7 +3000,8 @@ static struct options {
 	char *server, *from, *helo;
 	struct list to;
 	bool to_headers, mboxo, await_greeting, blind;
-	unsigned format, mode, framing, family;
+	unsigned format, mode, framing;
+	int family;
 	bool grace_given;
 	uint64_t grace_ms, stop_after;
 	/* listen */
@@ -3013,8 +3014,9 @@ static struct options {
 	uint64_t max_size, max_recipients, max_connections, max_per_peer;
 	uint64_t count, deadline_ms, latency_ms, cut_octets, cut_messages;
 	unsigned opening, keywords;
-	struct bsmtp_fault *faults;
+	struct bsmtp_fault *faults;     /* they borrow from the rules' text */
 	size_t fault_count;
+	struct list rules;
 } options;
 
 static void diag(const char *format, ...) PRINTF_LIKE(1, 2);
@@ -3235,7 +3237,7 @@ static int resolve(const struct address *a, bool passive, struct addrinfo **foun
 	struct addrinfo hints;
 
 	memset(&hints, 0, sizeof hints);
-	hints.ai_family = options.family == 4 ? AF_INET : options.family == 6 ? AF_INET6 : AF_UNSPEC;
+	hints.ai_family = options.family;
 	hints.ai_socktype = SOCK_STREAM;
 	hints.ai_flags = passive ? AI_PASSIVE : 0;
 	return getaddrinfo(a->host, a->port, &hints, found);
@@ -3275,9 +3277,14 @@ struct source {
 
 static void worst(int *status, int other);
 
+static const char *shown(const char *name)
+{
+	return strcmp(name, "-") == 0 ? "standard input" : name;
+}
+
 static void input_error(struct source *s, int status, const char *why)
 {
-	diag("%s: %s", s->name[0] != '\0' ? s->name : "input", why);
+	diag("%s: %s", shown(s->name), why);
 	worst(&s->status, status);
 }
 
@@ -3427,83 +3434,146 @@ static void source_use(struct source *s, size_t n)
 	s->offset += n;
 }
 
-/* Tells by its first octets what the file is: GOT_END when it is nothing. */
-static enum got detect(struct source *s)
+/* Sees to it that the window holds octets; GOT_END where the file does not. */
+static enum got need_octets(struct source *s)
 {
-	const char *in = s->window + s->start;
-	size_t len = s->end - s->start;
-	struct bsmtp_slice sender;
-	struct bsmtp_field field;
-	ptrdiff_t from, name;
+	enum got got = GOT_DATA;
 
-	if (len == 0 && s->eof)
-		return GOT_END;
-	from = len > 0 ? bsmtp_from_line_parse(&sender, in, len) : BSMTP_MORE;
-	name = len > 0 ? bsmtp_field_parse(&field, in, len, s->eof) : BSMTP_MORE;
-	if (from > 0) {
-		s->format = FORMAT_MBOX;
-	} else if (name > 0 || (name == BSMTP_MORE && memchr(in, ':', len) != NULL)) {
-		s->format = FORMAT_MESSAGE;
-	} else if ((from == BSMTP_MORE || name == BSMTP_MORE) && !s->eof && len < WINDOW_SIZE) {
-		return GOT_WAIT;
-	} else {
-		input_error(s, EX_DATAERR, "no mail: it begins neither with a header field nor with "
-		    "a From_ line (--format message sends it as it is)");
+	while (s->start == s->end && !s->eof && got == GOT_DATA)
+		got = source_fill(s);
+	return got != GOT_DATA || s->start < s->end ? got : GOT_END;
+}
+
+/* ---- formats ---- */
+
+static enum got begin_message(struct source *s)
+{
+	s->message_offset = s->offset;
+	return need_octets(s);
+}
+
+/* The rest of the file, as it is read. */
+static enum got text_of_message(struct source *s)
+{
+	enum got got = need_octets(s);
+
+	if (got == GOT_DATA) {
+		s->text = slice(s->window + s->start, s->end - s->start);
+		source_use(s, s->text.len);
+	}
+	return got;
+}
+
+/* The next step of the splitter: text, or a message's begin or end. */
+static enum got mbox_step(struct source *s, enum bsmtp_mbox_event *event,
+    struct bsmtp_slice *out)
+{
+	enum got got = GOT_DATA;
+	size_t used;
+
+	do {
+		*event = bsmtp_mbox_next(&s->mbox, s->window + s->start, s->end - s->start, s->eof,
+		    &used, out);
+		source_use(s, used);
+		if (*event == BSMTP_MBOX_NEED)
+			got = source_fill(s);
+	} while (*event == BSMTP_MBOX_NEED && got == GOT_DATA);
+	return got;
+}
+
+static enum got begin_in_mbox(struct source *s)
+{
+	enum bsmtp_mbox_event event;
+	struct bsmtp_slice sender;
+	enum got got;
+
+	s->message_offset = s->offset;
+	got = mbox_step(s, &event, &sender);
+	if (got != GOT_DATA)
+		return got;
+	if (event == BSMTP_MBOX_BAD) {
+		input_error(s, EX_DATAERR, "no mbox: it does not begin with a From_ line");
 		return GOT_ERROR;
 	}
+	if (event != BSMTP_MBOX_BEGIN)
+		return GOT_END;
+	s->has_sender = true;
+	snprintf(s->sender, sizeof s->sender, "%.*s", (int)sender.len, sender.at);
 	return GOT_DATA;
 }
 
-/* The next step of the splitter: text, or the message's begin or end. */
-static enum got mbox_step(struct source *s, enum bsmtp_mbox_event *event)
+static enum got text_in_mbox(struct source *s)
 {
-	struct bsmtp_slice out;
-	size_t used;
+	enum bsmtp_mbox_event event;
+	struct bsmtp_slice text;
+	enum got got = mbox_step(s, &event, &text);
 
-	for (;;) {
-		uint64_t at = s->offset;
-		*event = bsmtp_mbox_next(&s->mbox, s->window + s->start, s->end - s->start, s->eof,
-		    &used, &out);
-		source_use(s, used);
-		if (*event == BSMTP_MBOX_TEXT)
-			s->text = out;
-		if (*event == BSMTP_MBOX_BEGIN) {
-			s->message_offset = at;
-			s->has_sender = true;
-			snprintf(s->sender, sizeof s->sender, "%.*s", (int)out.len, out.at);
+	if (got == GOT_DATA && event != BSMTP_MBOX_TEXT)
+		return GOT_END;
+	if (got == GOT_DATA)
+		s->text = text;
+	return got;
+}
+
+/* What the file is, by its first octets; FORMAT_AUTO where these are too few. */
+static enum format detect(const char *in, size_t len, bool last, bool *nothing)
+{
+	struct bsmtp_slice sender;
+	struct bsmtp_field field;
+	ptrdiff_t from = bsmtp_from_line_parse(&sender, in, len);
+	ptrdiff_t name = bsmtp_field_parse(&field, in, len, last);
+
+	*nothing = from == BSMTP_BAD && name == BSMTP_BAD;
+	if (from > 0)
+		return FORMAT_MBOX;
+	return name > 0 || (name == BSMTP_MORE && memchr(in, ':', len) != NULL) ?
+	    FORMAT_MESSAGE : FORMAT_AUTO;
+}
+
+static enum got begin_detected(struct source *s);
+
+static const struct format_row {
+	const char *name;
+	/* The file's next message: DATA, or END where there is none. */
+	enum got (*begin)(struct source *s);
+	/* Puts octets of it in s->text: DATA, or END behind the last. */
+	enum got (*text)(struct source *s);
+} formats[] = {
+	[FORMAT_AUTO] = { "auto", begin_detected, NULL },
+	[FORMAT_MESSAGE] = { "message", begin_message, text_of_message },
+	[FORMAT_MBOX] = { "mbox", begin_in_mbox, text_in_mbox },
+	[FORMAT_MAILDIR] = { "maildir", begin_message, text_of_message },
+};
+
+static enum got begin_detected(struct source *s)
+{
+	enum got got = need_octets(s);
+	bool nothing = false;
+
+	while (got == GOT_DATA) {
+		s->format = detect(s->window + s->start, s->end - s->start, s->eof, &nothing);
+		if (s->format != FORMAT_AUTO)
+			return formats[s->format].begin(s);
+		if (nothing || s->eof || s->end - s->start == WINDOW_SIZE) {
+			input_error(s, EX_DATAERR, "no mail: it begins neither with a header field nor "
+			    "with a From_ line (--format message sends it as it is)");
+			return GOT_ERROR;
 		}
-		if (*event != BSMTP_MBOX_NEED)
-			return GOT_DATA;
-		enum got got = source_fill(s);
-		if (got != GOT_DATA)
-			return got;
+		got = source_fill(s);
 	}
+	return got;
 }
 
 /* Sees to it that s->text holds octets of the message. */
 static enum got raw_text(struct source *s)
 {
-	while (s->text.len == 0) {
-		enum bsmtp_mbox_event event;
-		enum got got = GOT_DATA;
-		if (s->ended)
-			return GOT_END;
-		if (s->format == FORMAT_MBOX) {
-			got = mbox_step(s, &event);
-			if (got == GOT_DATA && event != BSMTP_MBOX_TEXT)
-				s->ended = true;
-		} else if (s->start < s->end) {
-			s->text = slice(s->window + s->start, s->end - s->start);
-			source_use(s, s->text.len);
-		} else if (s->eof) {
-			s->ended = true;
-		} else {
-			got = source_fill(s);
-		}
-		if (got != GOT_DATA)
-			return got;
+	enum got got = GOT_DATA;
+
+	while (s->text.len == 0 && !s->ended && got == GOT_DATA) {
+		got = formats[s->format].text(s);
+		s->ended = got == GOT_END;
 	}
-	return GOT_DATA;
+	return s->text.len > 0 ? GOT_DATA : s->ended ? GOT_END : got;
 }
 
 /* Copies octets to the head until its blank line; that, and what follows in
@@ -3542,48 +3612,24 @@ static enum got fill_head(struct source *s)
  * given up, call again for the next; GOT_END: there are no more. */
 static enum got source_next(struct source *s)
 {
+	enum got got;
+
 	for (;;) {
-		enum bsmtp_mbox_event event = BSMTP_MBOX_BEGIN;
-		enum got got = GOT_DATA;
 		if (!s->opened && !source_open(s))
 			return GOT_END;
+		got = GOT_DATA;
 		if (!s->in_message) {
-			if (s->start == s->end && !s->eof)
-				got = source_fill(s);
-			if (got == GOT_DATA && s->format == FORMAT_AUTO)
-				got = detect(s);
-			else if (got == GOT_DATA && s->format == FORMAT_MESSAGE && s->start == s->end &&
-			    s->eof)
-				got = GOT_END;
-			if (got == GOT_WAIT && s->format == FORMAT_AUTO && s->start < s->end &&
-			    !s->eof && (got = source_fill(s)) == GOT_DATA)
-				continue;
-			if (got == GOT_DATA && s->format == FORMAT_AUTO)
-				continue;
-			s->has_sender = false;
-			s->message_offset = s->offset;
-			if (got == GOT_DATA && s->format == FORMAT_MBOX)
-				got = mbox_step(s, &event);
-			if (got == GOT_DATA && event == BSMTP_MBOX_BAD) {
-				input_error(s, EX_DATAERR, "no mbox: it does not begin with a From_ line");
-				got = GOT_ERROR;
-			}
-			if (got == GOT_WAIT)
-				return got;
-			if (got != GOT_DATA || event != BSMTP_MBOX_BEGIN) {
-				source_close(s);
-				if (got == GOT_ERROR)
-					return got;
-				continue;
-			}
-			s->in_message = true;
-			s->ended = s->head_done = s->head_long = false;
+			s->has_sender = s->ended = s->head_done = s->head_long = false;
 			s->head_len = s->head_given = s->head_scan = 0;
+			got = formats[s->format].begin(s);
+			s->in_message = got == GOT_DATA;
 		}
-		got = fill_head(s);
-		if (got == GOT_ERROR)
+		if (s->in_message)
+			got = fill_head(s);
+		if (got == GOT_ERROR || got == GOT_END)
 			source_close(s);
-		return got;
+		if (got != GOT_END)
+			return got;
 	}
 }
 
@@ -3748,6 +3794,7 @@ struct store {
 	const struct store_row *row;
 	const char *path;
 	int dir, tmp_dir, new_dir;      /* equal where the store has but one */
+	bool single_syncs;      /* syncfs() has failed once */
 	uint64_t sequence;      /* of names made by this process */
 	uint64_t number;        /* eml: the last one taken */
 	char host[64];
@@ -4042,13 +4089,17 @@ struct committer {
 	int signal[2];          /* a pipe: an octet when there is something done */
 };
 
-/* The data of a whole group with one call, where the system has it. */
-static bool sync_at_once(int dir)
+/* The data of a whole group with one call, where the system has it.  A failure
+ * may have been that of a file whose turn comes later, and is told but once: from
+ * then on each file is asked for its own. */
+static bool sync_at_once(struct store *st)
 {
 #ifdef __linux__
-	return syncfs(dir) == 0;
+	if (!st->single_syncs)
+		st->single_syncs = syncfs(st->dir) != 0;
+	return !st->single_syncs;
 #else
-	(void)dir;
+	(void)st;
 	return false;
 #endif
 }
@@ -4061,7 +4112,7 @@ static void commit_group(struct store *st, struct delivery *group)
 
 	for (struct delivery *d = group; d != NULL; d = d->next)
 		count++;
-	synced = count > FEW && sync_at_once(st->dir);
+	synced = count > FEW && sync_at_once(st);
 	for (struct delivery *d = group; d != NULL; d = d->next) {
 		if (!synced && fsync(d->fd) != 0)
 			d->error = errno;
@@ -4327,12 +4378,14 @@ struct sender {
 	int fd;
 	char peer[128];
 	struct letter *first, **last;   /* in flight, in order */
-	struct letter *current;         /* being written; the last of them */
+	struct letter *current;         /* being read: the last of them, or dropped */
 	struct header header;           /* of the message that comes next */
 	size_t weight, rcpt;
 	uint64_t n, counts[BSMTP_FATES], octets, turnarounds, refused;
 	int64_t start_us, progress_us, grace_start_us, connect_us, grace_us;
+	uint64_t doubt_first, doubt_last;       /* numbers of the unknown, of this run */
 	bool ready;                     /* a message waits to be begun */
+	bool dropping;                  /* the current letter was never in flight */
 	bool source_waits, source_over, turned, broken, half_closed, grace_waited, hopeless, agreed;
 	int status;
 	char out[OUT_SIZE];
@@ -4462,7 +4515,7 @@ static void diag_fate(const struct letter *l, const char *to, enum bsmtp_fate fa
 	if (code != 0)
 		snprintf(reply, sizeof reply, ": %d %.*s%s%.*s", code, (int)status.len, status.at,
 		    status.len > 0 ? " " : "", (int)min_size(text.len, 900), text.at);
-	diag("%s: message %llu (offset %llu)%s%s%s: %s%s", l->source, (unsigned long long)l->n,
+	diag("%s: message %llu (offset %llu)%s%s%s: %s%s", shown(l->source), (unsigned long long)l->n,
 	    (unsigned long long)l->offset, *to != '\0' ? " to <" : "", to, *to != '\0' ? ">" : "",
 	    bsmtp_fate_name(fate), reply);
 }
@@ -4487,6 +4540,60 @@ static void settle_recipients(struct sender *s, struct letter *l,
 	}
 }
 
+static struct verdict *verdicts_of(struct letter *l)
+{
+	if (l->verdicts == NULL) {
+		l->verdicts = grow(NULL, (l->to->count + 1) * sizeof *l->verdicts);
+		memset(l->verdicts, 0, (l->to->count + 1) * sizeof *l->verdicts);
+	}
+	return l->verdicts;
+}
+
+/* After a cut thousands may be in doubt, one behind the other: a line for all. */
+static void diag_doubt(struct sender *s)
+{
+	if (s->doubt_first == s->doubt_last && s->doubt_first != 0)
+		diag("message %llu: unknown (sent, and no final reply: it may arrive twice if sent "
+		    "again)", (unsigned long long)s->doubt_first);
+	else if (s->doubt_first != 0)
+		diag("messages %llu to %llu: unknown (sent, and no final reply: they may arrive "
+		    "twice if sent again)", (unsigned long long)s->doubt_first,
+		    (unsigned long long)s->doubt_last);
+	s->doubt_first = s->doubt_last = 0;
+}
+
+static void diag_letter(struct sender *s, const struct letter *l,
+    const struct bsmtp_client_event *e)
+{
+	if (e->fate == BSMTP_UNKNOWN) {
+		if (s->doubt_last + 1 != l->n)
+			diag_doubt(s);
+		s->doubt_first = s->doubt_first == 0 ? l->n : s->doubt_first;
+		s->doubt_last = l->n;
+	} else if (e->fate != BSMTP_DELIVERED && e->fate != BSMTP_UNSENT) {
+		diag_fate(l, "", e->fate, e->code, e->status, e->text);
+	}
+}
+
+/* The fate of a message is known: it is counted, told, and forgotten. */
+static void judge(struct sender *s, struct letter *l, const struct bsmtp_client_event *e)
+{
+	(void)verdicts_of(l);
+	settle_recipients(s, l, e);
+	s->counts[e->fate]++;
+	if (e->fate == BSMTP_DELIVERED)
+		s->octets += l->octets;
+	diag_letter(s, l, e);
+	if (e->fate == BSMTP_UNKNOWN || (e->fate == BSMTP_UNSENT && !s->hopeless))
+		worst(&s->status, EX_TEMPFAIL);
+	s->refused += e->fate == BSMTP_REJECTED || e->fate == BSMTP_DEFERRED;
+	if (options.json)
+		report_json(s, l, e);
+	if (s->current == l)
+		s->current = NULL;
+	letter_free(s, l);
+}
+
 /* The fate of the first message in flight is known. */
 static void settle(struct sender *s, struct bsmtp_client_event *e)
 {
@@ -4499,24 +4606,7 @@ static void settle(struct sender *s, struct bsmtp_client_event *e)
 	s->first = l->next;
 	if (s->first == NULL)
 		s->last = &s->first;
-	if (s->current == l)
-		s->current = NULL;
-	if (l->verdicts == NULL) {
-		l->verdicts = grow(NULL, (l->to->count + 1) * sizeof *l->verdicts);
-		memset(l->verdicts, 0, (l->to->count + 1) * sizeof *l->verdicts);
-	}
-	settle_recipients(s, l, e);
-	s->counts[e->fate]++;
-	if (e->fate == BSMTP_DELIVERED)
-		s->octets += l->octets;
-	else if (e->fate != BSMTP_UNSENT)
-		diag_fate(l, "", e->fate, e->code, e->status, e->text);
-	if (e->fate == BSMTP_UNKNOWN || (e->fate == BSMTP_UNSENT && !s->hopeless))
-		worst(&s->status, EX_TEMPFAIL);
-	s->refused += e->fate == BSMTP_REJECTED || e->fate == BSMTP_DEFERRED;
-	if (options.json)
-		report_json(s, l, e);
-	letter_free(s, l);
+	judge(s, l, e);
 }
 
 static void keep_rcpt(struct sender *s, const struct bsmtp_client_event *e)
@@ -4526,11 +4616,7 @@ static void keep_rcpt(struct sender *s, const struct bsmtp_client_event *e)
 
 	if (l == NULL || e->rcpt >= l->to->count)
 		return;
-	if (l->verdicts == NULL) {
-		l->verdicts = grow(NULL, (l->to->count + 1) * sizeof *l->verdicts);
-		memset(l->verdicts, 0, (l->to->count + 1) * sizeof *l->verdicts);
-	}
-	v = &l->verdicts[e->rcpt];
+	v = &verdicts_of(l)[e->rcpt];
 	v->fate = e->fate;
 	v->code = e->code;
 	v->status = copy_slice(e->status);
@@ -4651,20 +4737,19 @@ static void begin_letter(struct sender *s)
 	bool utf8 = s->header.utf8;
 	struct letter *l;
 
-	l = letter_new(s);
-	*s->last = l;
-	s->last = &l->next;
-	s->current = l;
+	l = s->current = letter_new(s);
 	s->ready = false;
 	s->rcpt = 0;
-	l->position = bsmtp_client_position(&s->client);
 	if (why != NULL) {
-		diag("%s: message %llu (offset %llu): %s", l->source, (unsigned long long)l->n,
+		diag("%s: message %llu (offset %llu): %s", shown(l->source), (unsigned long long)l->n,
 		    (unsigned long long)l->offset, why);
 		worst(&s->status, EX_DATAERR);
-		l->position = UINT64_MAX;
+		s->dropping = true;
 		return;
 	}
+	*s->last = l;
+	s->last = &l->next;
+	l->position = bsmtp_client_position(&s->client);
 	utf8 = utf8 || bsmtp_has_8bit(slice_of(l->from));
 	for (size_t i = 0; i < l->to->count; i++)
 		utf8 = utf8 || bsmtp_has_8bit(slice_of(l->to->items[i]));
@@ -4698,30 +4783,19 @@ static bool move_text(struct sender *s, bool drop)
 	}
 }
 
-/* Drops a message that never was given to the engine: it is unsent. */
-static void drop_unsendable(struct sender *s)
+/* Reads a message that is not to be sent to its end; false when it must wait. */
+static bool drop_letter(struct sender *s)
 {
 	struct bsmtp_client_event e;
 
 	if (!move_text(s, true))
-		return;
+		return false;
 	source_done(&s->source);
 	memset(&e, 0, sizeof e);
-	e.fate = BSMTP_UNSENT;
-	/* Those before it are still in flight: it leaves the queue by itself. */
-	for (struct letter **at = &s->first; *at != NULL; at = &(*at)->next)
-		if (*at == s->current) {
-			struct letter *rest = s->first, **end = at;
-			struct letter *l = *at;
-			bool alone = at == &s->first;
-			*end = NULL;
-			s->first = l;
-			settle(s, &e);
-			s->first = alone ? NULL : rest;
-			s->last = alone ? &s->first : end;
-			break;
-		}
-	s->current = NULL;
+	if (s->current != NULL)
+		judge(s, s->current, &e);
+	s->dropping = false;
+	return true;
 }
 
 /* One thing that the engine wants; false when it must wait. */
@@ -4730,10 +4804,8 @@ static bool write_step(struct sender *s)
 	struct bsmtp_client_event e;
 
 	s->source_waits = false;
-	if (s->current != NULL && s->current->position == UINT64_MAX) {
-		drop_unsendable(s);
-		return !s->source_waits;
-	}
+	if (s->dropping)
+		return drop_letter(s);
 	switch (bsmtp_client_want(&s->client)) {
 	case BSMTP_WANT_MAIL:
 		if (s->weight > FLIGHT_MAX)
@@ -4912,10 +4984,10 @@ static void converse(struct sender *s)
 			;
 		flush_out(s);
 		(void)bsmtp_client_out(&s->client, &len);
-		if (len == 0 && !s->broken && !s->source_waits && s->weight <= FLIGHT_MAX) {
-			enum bsmtp_want want = bsmtp_client_want(&s->client);
-			if (want < BSMTP_WANT_GRACE)
-				continue;
+		if (len == 0 && !s->broken && !s->source_waits && s->weight <= FLIGHT_MAX &&
+		    bsmtp_client_want(&s->client) < BSMTP_WANT_GRACE) {
+			read_replies(s);        /* what is there; it does not wait */
+			continue;
 		}
 		if (s->broken && !s->half_closed) {
 			s->half_closed = true;
@@ -4934,37 +5006,23 @@ static void settle_rest(struct sender *s)
 	while (bsmtp_client_unsettled(&s->client, &e))
 		on_event(s, &e);
 	memset(&e, 0, sizeof e);
-	e.type = BSMTP_CLIENT_MESSAGE;
-	while (s->first != NULL && s->first != s->current)
-		settle(s, &e);
 	for (;;) {
 		struct pollfd p = { s->source.fd, POLLIN, 0 };
 		s->source_waits = false;
-		if (s->current == NULL && !s->ready && s->source_over)
+		if (s->source.in_message && !s->ready)
+			(void)drop_letter(s);
+		else if (s->ready)
+			s->current = letter_new(s);
+		else if (s->source_over)
 			return;
-		if (s->source.in_message || s->ready || s->current != NULL) {
-			if (s->ready) {
-				struct letter *l = letter_new(s);
-				*s->last = l;
-				s->last = &l->next;
-				s->current = l;
-				s->ready = false;
-				l->position = UINT64_MAX;
-			}
-			if (move_text(s, true)) {
-				source_done(&s->source);
-				if (s->current != NULL)
-					settle(s, &e);
-				s->current = NULL;
-			}
-		} else {
+		else
 			next_message(s);
-		}
+		s->ready = s->ready && s->current == NULL;
 		if (s->source_waits && poll(&p, 1, 2000) == 0) {
-			diag("%s: the rest of the input was not read", s->source.name);
+			diag("%s: the rest of the input was not read", shown(s->source.name));
 			worst(&s->status, EX_TEMPFAIL);
-			while (s->first != NULL)
-				settle(s, &e);
+			if (s->current != NULL)
+				judge(s, s->current, &e);
 			return;
 		}
 	}
@@ -4976,6 +5034,7 @@ static void report_summary(struct sender *s)
 
 	for (int fate = 0; fate < BSMTP_FATES; fate++)
 		messages += s->counts[fate];
+	diag_doubt(s);
 	if (s->counts[BSMTP_UNSENT] > 0)
 		diag("%llu of %llu messages were not sent",
 		    (unsigned long long)s->counts[BSMTP_UNSENT], (unsigned long long)messages);
@@ -5234,6 +5293,14 @@ static void delivered(struct delivery *d)
 	delivery_free(d);
 }
 
+/* With --count, MAIL is refused as soon as the last message wanted is whole,
+ * and taken again if it could not be stored. */
+static void enough(struct listener *l)
+{
+	l->config.stopping = l->stop_us != 0 ||
+	    (options.count > 0 && l->stored + l->pending >= options.count);
+}
+
 static void message_whole(struct session *s, uint64_t ticket)
 {
 	struct delivery *d = s->current;
@@ -5247,11 +5314,13 @@ static void message_whole(struct session *s, uint64_t ticket)
 		if (d->error != 0 && d->fd >= 0)
 			(void)unlinkat(l->store.tmp_dir, d->tmp, 0);
 		delivered(d);
+		enough(l);
 		return;
 	}
 	s->pending++;
 	l->pending++;
 	committer_give(&l->committer, d);
+	enough(l);
 }
 
 static void message_begin(struct session *s, const struct bsmtp_server_event *e)
@@ -5958,8 +6027,7 @@ static int serve(struct listener *l)
 
 	while (!l->at_once && (l->stop_us == 0 || l->sessions != NULL)) {
 		one_round(l);
-		l->config.stopping = l->stop_us != 0 ||
-		    (options.count > 0 && l->stored + l->pending >= options.count);
+		enough(l);
 		if (l->stop_us == 0 && goal_reached(l))
 			stop_listening(l);
 		if (l->stop_us == 0 && options.deadline_given &&
@@ -6188,8 +6256,7 @@ static const char *opening_word(unsigned i) { return bsmtp_opening_name((enum bs
 
 static const char *format_word(unsigned i)
 {
-	static const char *const words[] = { "auto", "message", "mbox", "maildir" };
-	return words[i];
+	return formats[i].name;
 }
 
 static const char *parse_mode(const char *text, void *where)
@@ -6365,13 +6432,11 @@ static const char *parse_fault(const char *text, void *where)
 	struct bsmtp_fault fault;
 	struct bsmtp_slice time;
 	const char *wrong;
-	char *spec = copy_slice(slice_of(text)), *word;
+	char *word;
 
 	(void)where;
-	list_add(&options.to, slice_of(spec));  /* owns the text; listen has no --to */
-	free(spec);
-	spec = options.to.items[options.to.count - 1];
-	wrong = bsmtp_fault_parse(&fault, slice_of(spec), &time);
+	list_add(&options.rules, slice_of(text));
+	wrong = bsmtp_fault_parse(&fault, slice_of(options.rules.items[options.rules.count - 1]), &time);
 	if (wrong == NULL && fault.action == BSMTP_FAULT_DELAY) {
 		word = copy_slice(time);
 		wrong = parse_time(word, &fault.delay_ms);
@@ -6384,10 +6449,24 @@ static const char *parse_fault(const char *text, void *where)
 	return NULL;
 }
 
-static const char *parse_family(const char *text, void *where)
+static const char *parse_ipv4(const char *text, void *where)
 {
-	(void)where;
-	options.family = text[0] == '4' ? 4 : 6;
+	(void)text;
+	*(int *)where = AF_INET;
+	return NULL;
+}
+
+static const char *parse_ipv6(const char *text, void *where)
+{
+	(void)text;
+	*(int *)where = AF_INET6;
+	return NULL;
+}
+
+static const char *parse_keep_going(const char *text, void *where)
+{
+	(void)text;
+	*(uint64_t *)where = 0;
 	return NULL;
 }
 
@@ -6404,10 +6483,10 @@ static const struct option_row option_rows[] = {
 	{ SEND, 0, "framing", "F", "auto, bdat, data (auto)", parse_framing, &options.framing },
 	{ SEND, 0, "blind", NULL, "send the body behind DATA without waiting for 354", parse_flag, &options.blind },
 	{ SEND, 0, "helo", "NAME", "who to say we are (this host)", parse_domain, &options.helo },
-	{ SEND, '4', "ipv4", NULL, "use IPv4 only", parse_family, NULL },
-	{ SEND, '6', "ipv6", NULL, "use IPv6 only", parse_family, NULL },
+	{ SEND, '4', "ipv4", NULL, "use IPv4 only", parse_ipv4, &options.family },
+	{ SEND, '6', "ipv6", NULL, "use IPv6 only", parse_ipv6, &options.family },
 	{ SEND, 0, "stop-after", "N", "give up after N refused messages", parse_positive, &options.stop_after },
-	{ SEND, 0, "keep-going", NULL, "never give up for refusals (the default)", parse_number, &options.stop_after },
+	{ SEND, 0, "keep-going", NULL, "never give up for refusals (the default)", parse_keep_going, &options.stop_after },
 	{ LISTEN, 'd', "maildir", "DIR", "store in a Maildir (./received)", parse_maildir, NULL },
 	{ LISTEN, 0, "eml", "DIR", "store as DIR/NNNNNN.eml and .json", parse_eml, NULL },
 	{ LISTEN, 0, "discard", NULL, "store nothing", parse_discard, NULL },
@@ -6454,14 +6533,8 @@ static void usage(enum program program)
 
 static int set_option(const struct option_row *row, const char *text, const char *origin)
 {
-	const char *wrong = row->parse(row->argument == NULL ? row->name + 3 : text, row->where);
+	const char *wrong = row->parse(text, row->where);
 
-	if (row->parse == parse_family)
-		wrong = parse_family(strcmp(row->name, "ipv4") == 0 ? "4" : "6", NULL);
-	if (row->parse == parse_number && row->argument == NULL) {
-		options.stop_after = 0;
-		wrong = NULL;
-	}
 	if (wrong == NULL)
 		return EX_OK;
 	diag("%s%s %s: %s", origin, row->name, text != NULL ? text : "", wrong);
@@ -6552,6 +6625,7 @@ static int check_send(void)
 static void set_defaults(void)
 {
 	options.timeout_ms = 300000;
+	options.family = AF_UNSPEC;
 	options.server = copy_slice(slice_of("localhost:2525"));
 	options.store_path = copy_slice(slice_of("received"));
 	options.max_size = 64 << 20;
@@ -6571,6 +6645,7 @@ static void free_options(void)
 	free(options.hostname);
 	free(options.address_file);
 	free(options.faults);
+	list_free(&options.rules);
 }
 
 static const char short_usage[] =

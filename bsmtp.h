@@ -423,10 +423,12 @@ void bsmtp_client_quit(struct bsmtp_client *client);
 const char *bsmtp_client_out(const struct bsmtp_client *client, size_t *len);
 void bsmtp_client_sent(struct bsmtp_client *client, size_t len);
 
-/* Octets received: reads at most one reply's last line from in[0..len),
- * returns the octets used and fills *event.  Call again with the rest until
- * all are used.  After REFUSED with `late` set replies are still read and
- * counted; after an ERROR, and any other REFUSED, nothing more is. */
+/* Octets received: reads from in[0..len) to the end of a reply at most, returns
+ * the octets used and fills *event (NONE where the reply tells nothing).  What
+ * the engine wants then should be written before the rest is given, for in
+ * lockstep a reply that comes before its command answers nothing.  After REFUSED
+ * with `late` set replies are still read and counted; after an ERROR, and any
+ * other REFUSED, nothing more is. */
 size_t bsmtp_client_in(struct bsmtp_client *client, const char *in, size_t len,
     struct bsmtp_client_event *event);
 
