@@ -58,6 +58,7 @@
 #include <sys/time.h>
 #include <sys/types.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -95,10 +96,6 @@ enum { IO_MAX = 1 << 30, OUT_SIZE = 256 << 10, DUE_SIZE = 64 << 10,
 #define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
 #else
 #define PRINTF_LIKE(f, a)
-#endif
-
-#if !defined(MSG_NOSIGNAL) && !defined(BSMTP_NO_MAIN)
-#define MSG_NOSIGNAL 0          /* SIGPIPE is ignored as well */
 #endif
 
 /* ==== 2 bytes ============================================================ */
@@ -483,6 +480,8 @@ ptrdiff_t bsmtp_path_parse(struct bsmtp_slice *mailbox, const char *in, size_t l
 		return BSMTP_BAD;
 	s = slice(s.at + route, s.len - (size_t)route);
 	if (!bsmtp_mailbox_valid(s, utf8) &&
+	    !((flags & BSMTP_PATH_LOCAL) && route == 0 && s.len > 0 && s.len <= BSMTP_MAILBOX_MAX &&
+	    local_part_length(s, utf8) == s.len) &&
 	    !(s.len == 0 && route == 0 && (flags & BSMTP_PATH_NULL)) &&
 	    !((flags & BSMTP_PATH_POSTMASTER) && route == 0 && same(s, "postmaster")))
 		return BSMTP_BAD;
@@ -512,6 +511,17 @@ ptrdiff_t bsmtp_parameter_parse(struct bsmtp_parameter *parameter, const char *i
 		parameter->value = slice(in + start, i - start);
 	}
 	return i == len || in[i] == ' ' ? (ptrdiff_t)i : BSMTP_BAD;
+}
+
+/* Behind "FROM:" or "TO:"; spaces before the path are common, and harmless. */
+static bool path_argument(struct bsmtp_slice *argument, const char *word)
+{
+	size_t n = strlen(word);
+
+	if (argument->len < n || !same(slice(argument->at, n), word))
+		return false;
+	*argument = trim(slice(argument->at + n, argument->len - n));
+	return true;
 }
 
 /* ---- headers, RFC 5322 ---- */
@@ -601,19 +611,28 @@ static bool is_word(struct bsmtp_slice w)
 	    is_atext(w.at[0]) || is_8bit(w.at[0]));
 }
 
+/* Whether w goes on with the address collected so far: words are joined by dots
+ * and "@" alone, else they are a phrase. */
+static bool is_joined(const struct text *t, struct bsmtp_slice w)
+{
+	char last = t->len > 0 ? t->at[t->len - 1] : '.';
+
+	return last == '.' || last == '@' || w.at[0] == '.' || w.at[0] == '@';
+}
+
 /* One pass over the words of an address: what is collected so far is a display
  * name until "<" starts it again, a group's name until ":" drops it. */
 int bsmtp_address_next(struct bsmtp_slice *list, char *out, size_t *len)
 {
 	struct text t = { out, 0, BSMTP_MAILBOX_MAX };
-	bool angle = false, closed = false, cut = false;
+	bool angle = false, closed = false, phrase = false;
 
 	for (;;) {
 		struct bsmtp_slice w = next_word(list);
 		char c = w.len > 0 ? w.at[0] : '\0';
 		if (w.len == 0 || (!angle && (c == ',' || c == ';'))) {
 			*len = t.len;
-			if (angle || cut)
+			if (angle || phrase)
 				return -1;
 			if (t.len > 0)
 				return 1;
@@ -622,17 +641,17 @@ int bsmtp_address_next(struct bsmtp_slice *list, char *out, size_t *len)
 			closed = false;
 		} else if (c == '<' && !angle && !closed) {
 			angle = true;
+			phrase = false;
 			t.len = 0;
-			cut = false;
 		} else if (c == '>' && angle) {
 			angle = false;
 			closed = true;
 		} else if (c == ':' && !closed) {
+			phrase = false;
 			t.len = 0;      /* a group's name, or a route */
-			cut = false;
 		} else if ((is_word(w) || c == '@' || (c == ',' && angle)) && !closed) {
-			if (t.len + w.len > t.cap)
-				cut = true;
+			/* too long for an address, it may still be a name */
+			phrase = phrase || (c != ',' && !is_joined(&t, w)) || t.len + w.len > t.cap;
 			put(&t, w);
 		} else {
 			return -1;
@@ -721,6 +740,8 @@ ptrdiff_t bsmtp_from_line_parse(struct bsmtp_slice *sender, const char *in, size
 	const char *end;
 	struct bsmtp_slice s;
 
+	if (len == 0)
+		return BSMTP_MORE;
 	if (memcmp(in, "From ", min_size(len, 5)) != 0)
 		return BSMTP_BAD;
 	end = window > 0 ? memchr(in, '\n', window) : NULL;
@@ -903,6 +924,196 @@ enum bsmtp_mbox_event bsmtp_mbox_next(struct bsmtp_mbox *m, const char *in, size
 	}
 }
 
+size_t bsmtp_quote(struct bsmtp_quoter *q, const char *in, size_t len, struct bsmtp_slice *text)
+{
+	static const char from[] = "From ";
+	const char *lf = in;
+	size_t i = 0;
+
+	*text = slice(in, 0);
+	if (!q->middle) {
+		while (q->matched == 0 && i < len && in[i] == '>')
+			i++;
+		if (i > 0) {
+			*text = slice(in, i);
+			return i;
+		}
+		while (i < len && q->matched < 5 && in[i] == from[q->matched]) {
+			q->matched++;
+			i++;
+		}
+		if (i == len && q->matched < 5)
+			return i;
+		*text = q->matched == 5 ? slice_of(">From ") : slice(from, q->matched);
+		q->matched = 0;
+		q->middle = true;
+		if (text->len > 0)
+			return i;
+	}
+	while (lf != NULL && i < len && (i == 0 || (in[i] != '>' && in[i] != 'F'))) {
+		lf = memchr(in + i, '\n', len - i);
+		i = lf != NULL ? (size_t)(lf - in) + 1 : len;
+	}
+	q->middle = lf == NULL;
+	*text = slice(in, i);
+	return i;
+}
+
+void bsmtp_quote_end(struct bsmtp_quoter *q, struct bsmtp_slice *text)
+{
+	*text = slice("From ", q->matched);
+	memset(q, 0, sizeof *q);
+}
+
+/* ---- the stream at rest, RFC 2442 ---- */
+
+enum { BATCH_COMMANDS, BATCH_OPEN, BATCH_BODY };
+
+/* What each command of a batch is for; it is another's copy, so that verbs which
+ * say nothing about mail are passed over, and only foreign matter stops it. */
+static const struct {
+	const char *name;
+	enum { BATCH_IDLE, BATCH_RESETS, BATCH_MAIL, BATCH_RCPT, BATCH_DATA } does;
+} batch_verbs[] = {
+	{ "MAIL", BATCH_MAIL }, { "RCPT", BATCH_RCPT }, { "DATA", BATCH_DATA },
+	{ "HELO", BATCH_RESETS }, { "EHLO", BATCH_RESETS }, { "BSMTP", BATCH_RESETS },
+	{ "RSET", BATCH_RESETS }, { "QUIT", BATCH_RESETS }, { "NOOP", BATCH_IDLE },
+	{ "VERB", BATCH_IDLE }, { "VERBOSE", BATCH_IDLE }, { "TICK", BATCH_IDLE }, { "", BATCH_IDLE },
+};
+
+static enum bsmtp_batch_event batch_bad(struct bsmtp_slice *text, const char *why)
+{
+	*text = slice_of(why);
+	return BSMTP_BATCH_BAD;
+}
+
+/* The path and the parameters behind MAIL or RCPT. */
+static enum bsmtp_batch_event batch_path(struct bsmtp_slice argument, bool mail,
+    struct bsmtp_slice *text, struct bsmtp_slice *parameters)
+{
+	struct bsmtp_slice rest;
+	struct bsmtp_parameter parameter;
+	ptrdiff_t used = path_argument(&argument, mail ? "FROM:" : "TO:") ?
+	    bsmtp_path_parse(text, argument.at, argument.len, BSMTP_PATH_UTF8 | BSMTP_PATH_LOCAL |
+	    (mail ? BSMTP_PATH_NULL : BSMTP_PATH_POSTMASTER)) : BSMTP_BAD;
+
+	if (used <= 0)
+		return batch_bad(text, mail ? "MAIL needs FROM:<address>" : "RCPT needs TO:<address>");
+	*parameters = rest = slice(argument.at + used, argument.len - (size_t)used);
+	for (; rest.len > 0; rest = slice(rest.at + used, rest.len - (size_t)used)) {
+		used = bsmtp_parameter_parse(&parameter, rest.at, rest.len);
+		if (used <= 0)
+			return batch_bad(text, "a parameter is malformed");
+	}
+	return mail ? BSMTP_BATCH_MAIL : BSMTP_BATCH_RCPT;
+}
+
+/* A command without its line end; NEED: it says nothing. */
+static enum bsmtp_batch_event batch_command(struct bsmtp_batch *b, struct bsmtp_slice line,
+    struct bsmtp_slice *text, struct bsmtp_slice *parameters)
+{
+	size_t n = 0, row = 0;
+
+	while (n < line.len && line.at[n] != ' ')
+		n++;
+	while (row < COUNT(batch_verbs) && !same(slice(line.at, n), batch_verbs[row].name))
+		row++;
+	if (row == COUNT(batch_verbs))
+		return batch_bad(text, "no command that a batch may have");
+	line = n < line.len ? slice(line.at + n + 1, line.len - n - 1) : slice(line.at + n, 0);
+	switch (batch_verbs[row].does) {
+	case BATCH_MAIL:
+		b->state = BATCH_OPEN;
+		return batch_path(line, true, text, parameters);
+	case BATCH_RCPT:
+		return b->state == BATCH_OPEN ? batch_path(line, false, text, parameters) :
+		    batch_bad(text, "RCPT without MAIL");
+	case BATCH_DATA:
+		if (b->state != BATCH_OPEN)
+			return batch_bad(text, "DATA without MAIL");
+		b->state = BATCH_BODY;
+		b->decoder = (struct bsmtp_decoder){ .lf = b->decoder.lf };
+		return BSMTP_BATCH_BODY;
+	case BATCH_RESETS:
+		b->state = BATCH_COMMANDS;
+		break;
+	case BATCH_IDLE:
+		break;
+	}
+	return BSMTP_BATCH_NEED;
+}
+
+/* The command line at the head of in[0..len), without its end. */
+static ptrdiff_t batch_line(struct bsmtp_batch *b, const char *in, size_t len, bool last,
+    struct bsmtp_slice *line)
+{
+	size_t window = min_size(len, BSMTP_COMMAND_MAX);
+	const char *lf = memchr(in, '\n', window);
+
+	if (lf == NULL && window < BSMTP_COMMAND_MAX && !last)
+		return BSMTP_MORE;
+	if (lf == NULL && window == BSMTP_COMMAND_MAX)
+		return BSMTP_BAD;
+	*line = slice(in, lf != NULL ? (size_t)(lf - in) : len);
+	if (!b->begun)
+		b->decoder.lf = line->len == 0 || line->at[line->len - 1] != '\r';
+	b->begun = true;
+	b->line++;
+	window = line->len + (lf != NULL);
+	while (line->len > 0 && is_space(line->at[line->len - 1]))
+		line->len--;
+	return (ptrdiff_t)window;
+}
+
+static enum bsmtp_batch_event batch_body(struct bsmtp_batch *b, const char *in, size_t len,
+    bool last, size_t *used, struct bsmtp_slice *text)
+{
+	size_t n = bsmtp_decode(&b->decoder, in, len, text);
+
+	for (const char *lf = in; (lf = memchr(lf, '\n', (size_t)(in + n - lf))) != NULL; lf++)
+		b->line++;
+	*used += n;
+	if (b->decoder.ended) {
+		b->state = BATCH_COMMANDS;
+		return BSMTP_BATCH_END;
+	}
+	if (len == 0 && last)
+		return batch_bad(text, "the file ends inside a message");
+	return text->len > 0 ? BSMTP_BATCH_TEXT : BSMTP_BATCH_NEED;
+}
+
+enum bsmtp_batch_event bsmtp_batch_next(struct bsmtp_batch *b, const char *in, size_t len,
+    bool last, size_t *used, struct bsmtp_slice *text, struct bsmtp_slice *parameters)
+{
+	enum bsmtp_batch_event event = BSMTP_BATCH_NEED;
+
+	*used = 0;
+	*parameters = *text = slice(in, 0);
+	while (event == BSMTP_BATCH_NEED && (*used < len || last)) {
+		const char *at = in + *used;
+		size_t left = len - *used;
+		struct bsmtp_slice line;
+		ptrdiff_t n;
+		if (b->state == BATCH_BODY) {
+			event = batch_body(b, at, left, last, used, text);
+			continue;
+		}
+		if (left == 0)
+			return b->state == BATCH_OPEN ?
+			    batch_bad(text, "the file ends inside a transaction") : BSMTP_BATCH_DONE;
+		n = batch_line(b, at, left, last, &line);
+		if (n == BSMTP_MORE)
+			break;
+		if (n == BSMTP_BAD) {
+			b->line++;
+			return batch_bad(text, "the line is too long");
+		}
+		*used += (size_t)n;
+		event = batch_command(b, line, text, parameters);
+	}
+	return event;
+}
+
 /* ==== 4 body codecs ====================================================== */
 
 /* Copies the part of a line before its end.  Most text holds no CR but before
@@ -977,14 +1188,14 @@ size_t bsmtp_encode_end(struct bsmtp_encoder *e, char *out)
 /* The octets just seen: a line's end (or nothing yet), then ".", then CR. */
 enum { DOT_LINE, DOT_DOT, DOT_DOT_CR, DOT_MIDDLE, DOT_CR };
 
-/* From inside a line to the octet behind CRLF "." or to the end of input: one
+/* From inside a line to a "." at the start of one, or to the end of input: one
  * run of text. */
 static size_t decode_run(struct bsmtp_decoder *d, const char *in, size_t len)
 {
 	size_t i = 0;
 
 	while (i < len) {
-		const char *cr;
+		const char *end;
 		if (d->state == DOT_CR && in[i] == '\n') {
 			d->state = DOT_LINE;
 			i++;
@@ -993,9 +1204,9 @@ static size_t decode_run(struct bsmtp_decoder *d, const char *in, size_t len)
 				return i;
 			d->state = DOT_MIDDLE;
 		} else {
-			cr = memchr(in + i, '\r', len - i);
-			d->state = cr != NULL ? DOT_CR : DOT_MIDDLE;
-			i = cr != NULL ? (size_t)(cr - in) + 1 : len;
+			end = memchr(in + i, d->lf ? '\n' : '\r', len - i);
+			d->state = end == NULL ? DOT_MIDDLE : d->lf ? DOT_LINE : DOT_CR;
+			i = end != NULL ? (size_t)(end - in) + 1 : len;
 		}
 	}
 	return i;
@@ -1013,16 +1224,18 @@ size_t bsmtp_decode(struct bsmtp_decoder *d, const char *in, size_t len, struct 
 		if (++i == len)
 			return i;
 	}
-	if (d->state == DOT_DOT) {
-		d->state = in[i] == '\r' ? DOT_DOT_CR : DOT_MIDDLE;
-		if (d->state == DOT_DOT_CR && ++i == len)
+	if (d->state == DOT_DOT && in[i] == '\r') {
+		d->state = DOT_DOT_CR;
+		if (++i == len)
 			return i;
 	}
+	if (in[i] == '\n' && (d->state == DOT_DOT_CR || (d->state == DOT_DOT && d->lf))) {
+		d->ended = true;
+		return i + 1;
+	}
+	if (d->state == DOT_DOT)
+		d->state = DOT_MIDDLE;
 	if (d->state == DOT_DOT_CR) {
-		if (in[i] == '\n') {
-			d->ended = true;
-			return i + 1;
-		}
 		d->state = DOT_CR;      /* ".\r" was text after all; its dot goes */
 		*text = slice_of("\r");
 		return i;
@@ -1444,6 +1657,18 @@ void bsmtp_client_body_end(struct bsmtp_client *c)
 	c->state = CLIENT_MAIL;
 }
 
+bool bsmtp_client_abandon(struct bsmtp_client *c)
+{
+	c->writing = false;
+	if (!c->bdat)
+		return false;
+	if (c->chunk_open)
+		close_chunk(c, false);
+	write_reset(c);
+	c->state = CLIENT_MAIL;
+	return true;
+}
+
 void bsmtp_client_quit(struct bsmtp_client *c)
 {
 	write_line(c, BSMTP_VERB_QUIT, slice_of("QUIT"));
@@ -1724,7 +1949,13 @@ static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event)
 		event->type = BSMTP_CLIENT_QUIT;
 		c->state = CLIENT_OVER;
 		break;
-	default:                /* RSET: whatever it says, the next MAIL tells */
+	case BSMTP_VERB_RSET:   /* whatever it says, the next MAIL tells */
+		if (c->judging) {       /* the message was abandoned */
+			give_fate(c, event, true);
+			event->fate = event->fate == BSMTP_UNKNOWN ? BSMTP_UNSENT : event->fate;
+		}
+		break;
+	default:
 		break;
 	}
 }
@@ -2470,17 +2701,6 @@ static unsigned mail_parameters(struct bsmtp_server *s, struct bsmtp_slice rest,
 	return 0;
 }
 
-/* Behind "FROM:" or "TO:"; spaces before the path are common, and harmless. */
-static bool path_argument(struct bsmtp_slice *argument, const char *word)
-{
-	size_t n = strlen(word);
-
-	if (argument->len < n || !same(slice(argument->at, n), word))
-		return false;
-	*argument = trim(slice(argument->at + n, argument->len - n));
-	return true;
-}
-
 static void act_mail(struct bsmtp_server *s, struct call *call)
 {
 	struct bsmtp_slice rest = call->argument, path = slice("", 0);
@@ -2989,7 +3209,7 @@ struct cidr {
 	unsigned bits;
 };
 
-enum format { FORMAT_AUTO, FORMAT_MESSAGE, FORMAT_MBOX, FORMAT_MAILDIR };
+enum format { FORMAT_AUTO, FORMAT_MESSAGE, FORMAT_MBOX, FORMAT_MAILDIR, FORMAT_BATCH, FORMATS };
 enum store_kind { STORE_MAILDIR, STORE_EML, STORE_DISCARD };
 
 static struct options {
@@ -2997,7 +3217,7 @@ static struct options {
 	uint64_t timeout_ms;
 	struct list operands;
 	/* send */
-	char *server, *from, *helo;
+	char *server, *connect_command, *from, *helo;
 	struct list to;
 	bool to_headers, mboxo, await_greeting, blind;
 	unsigned format, mode, framing;
@@ -3009,7 +3229,7 @@ static struct options {
 	char *store_path;
 	struct cidr *allow;
 	size_t allow_count;
-	bool no_smtp, normalize, once, deadline_given;
+	bool no_smtp, normalize, once, stdio, deadline_given;
 	char *hostname, *address_file;
 	uint64_t max_size, max_recipients, max_connections, max_per_peer;
 	uint64_t count, deadline_ms, latency_ms, cut_octets, cut_messages;
@@ -3020,6 +3240,7 @@ static struct options {
 } options;
 
 static void diag(const char *format, ...) PRINTF_LIKE(1, 2);
+static const char *parse_number(const char *text, void *where);
 
 static void die_of_memory(void)
 {
@@ -3069,6 +3290,24 @@ static int64_t now_us(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+static const char *user_name(void)
+{
+	const char *name = getenv("LOGNAME");
+
+	if (name == NULL || *name == '\0')
+		name = getenv("USER");
+	return name != NULL && *name != '\0' ? name : "root";
+}
+
+static const char *host_name(void)
+{
+	static char host[256];
+
+	if (gethostname(host, sizeof host - 1) != 0 || !bsmtp_domain_valid(slice_of(host), false))
+		snprintf(host, sizeof host, "localhost");
+	return host;
 }
 
 /* ==== 8 link ============================================================= */
@@ -3149,6 +3388,11 @@ static bool set_flags(int fd)
 	    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) == 0;
 }
 
+/* The way to the peer: one socket, or two ends of pipes. */
+struct link {
+	int in, out;            /* -1: closed */
+};
+
 enum { LINK_AGAIN = -1, LINK_FAILED = -2 };
 
 /* Octets moved; 0 at the end of input; LINK_AGAIN, LINK_FAILED with errno. */
@@ -3159,14 +3403,34 @@ static ssize_t link_result(ssize_t n)
 	return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ? LINK_AGAIN : LINK_FAILED;
 }
 
-static ssize_t link_read(int fd, char *in, size_t len)
+static ssize_t link_read(struct link *k, char *in, size_t len)
 {
-	return link_result(recv(fd, in, min_size(len, IO_MAX), 0));
+	return link_result(read(k->in, in, min_size(len, IO_MAX)));
 }
 
-static ssize_t link_write(int fd, const char *out, size_t len)
+static ssize_t link_write(struct link *k, const char *out, size_t len)
 {
-	return link_result(send(fd, out, min_size(len, IO_MAX), MSG_NOSIGNAL));
+	return link_result(write(k->out, out, min_size(len, IO_MAX)));
+}
+
+/* The peer is told that no more comes; what it says is still read. */
+static void link_finish(struct link *k)
+{
+	if (k->in == k->out) {
+		(void)shutdown(k->out, SHUT_WR);
+	} else if (k->out >= 0) {
+		close(k->out);
+		k->out = -1;
+	}
+}
+
+static void link_close(struct link *k)
+{
+	if (k->out >= 0 && k->out != k->in)
+		close(k->out);
+	if (k->in >= 0)
+		close(k->in);
+	k->in = k->out = -1;
 }
 
 static int start_connect(const struct sockaddr *sa, socklen_t len)
@@ -3183,52 +3447,76 @@ static int start_connect(const struct sockaddr *sa, socklen_t len)
 	return -1;
 }
 
-/* Tries all addresses, a new one each 250 ms and whenever one fails, in the
- * manner of RFC 8305; the first that answers wins.  Returns a socket, or -1
- * with errno. */
-static int connect_any(const struct addrinfo *next, int64_t timeout_us)
-{
-	enum { TRIES = 16, STAGGER_US = 250000 };
-	struct pollfd tries[TRIES];
-	nfds_t count = 0;
-	int64_t end = now_us() + timeout_us, start_next = 0;
-	int won = -1, error = ETIMEDOUT;
+enum { TRIES = 16, STAGGER_US = 250000 };
 
-	while (won < 0 && now_us() < end && (next != NULL || count > 0)) {
-		int64_t now = now_us();
-		if (next != NULL && count < TRIES && (now >= start_next || count == 0)) {
-			int fd = start_connect(next->ai_addr, next->ai_addrlen);
-			if (fd >= 0)
-				tries[count++] = (struct pollfd){ fd, POLLOUT, 0 };
-			else
-				error = errno;
+/* Attempts to connect that are under way. */
+struct tries {
+	struct pollfd polls[TRIES];
+	int64_t begun_us[TRIES];
+	nfds_t count;
+	int error;              /* of the last one that failed */
+};
+
+static void begin_try(struct tries *t, const struct addrinfo *address)
+{
+	int fd = start_connect(address->ai_addr, address->ai_addrlen);
+
+	if (fd < 0) {
+		t->error = errno;
+		return;
+	}
+	t->begun_us[t->count] = now_us();
+	t->polls[t->count++] = (struct pollfd){ fd, POLLOUT, 0 };
+}
+
+/* Looks at those that poll() has named: the socket that is connected, or -1. */
+static int end_tries(struct tries *t, int64_t *took_us)
+{
+	for (nfds_t i = 0; i < t->count; i++) {
+		socklen_t len = sizeof t->error;
+		int said = 0, fd = t->polls[i].fd;
+		if (t->polls[i].revents == 0)
+			continue;
+		if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &said, &len) != 0)
+			said = errno;
+		t->polls[i] = t->polls[--t->count];
+		*took_us = now_us() - t->begun_us[i];
+		t->begun_us[i--] = t->begun_us[t->count];
+		if (said == 0)
+			return fd;
+		t->error = said;
+		close(fd);
+	}
+	return -1;
+}
+
+/* Tries all addresses, a new one each 250 ms and whenever one fails, in the
+ * manner of RFC 8305; the first that answers wins, and *took_us is its time.
+ * Returns a socket, or -1 with errno. */
+static int connect_any(const struct addrinfo *next, int64_t timeout_us, int64_t *took_us)
+{
+	struct tries t = { .count = 0, .error = ETIMEDOUT };
+	int64_t end = now_us() + timeout_us, start_next = 0, now;
+	int won = -1;
+
+	while (won < 0 && (now = now_us()) < end && (next != NULL || t.count > 0)) {
+		int64_t until = next != NULL && start_next < end ? start_next : end;
+		nfds_t before = t.count;
+		if (next != NULL && t.count < TRIES && (now >= start_next || t.count == 0)) {
+			begin_try(&t, next);
 			next = next->ai_next;
 			start_next = now + STAGGER_US;
 			continue;
 		}
-		if (poll(tries, count, (int)((next != NULL ? STAGGER_US : end - now) / 1000) + 1) < 0 &&
-		    errno != EINTR)
+		if (poll(t.polls, t.count, (int)((until - now) / 1000) + 1) < 0 && errno != EINTR)
 			break;
-		for (nfds_t i = 0; i < count && won < 0; i++) {
-			socklen_t len = sizeof error;
-			int said = 0;
-			if (tries[i].revents == 0)
-				continue;
-			if (getsockopt(tries[i].fd, SOL_SOCKET, SO_ERROR, &said, &len) == 0 && said == 0) {
-				won = tries[i].fd;
-				tries[i].fd = -1;
-			} else {
-				error = said;
-				close(tries[i].fd);
-				tries[i--] = tries[--count];
-				start_next = 0;
-			}
-		}
+		won = end_tries(&t, took_us);
+		if (t.count < before)
+			start_next = 0;
 	}
-	for (nfds_t i = 0; i < count; i++)
-		if (tries[i].fd >= 0)
-			close(tries[i].fd);
-	errno = error;
+	for (nfds_t i = 0; i < t.count; i++)
+		close(t.polls[i].fd);
+	errno = t.error;
 	return won;
 }
 
@@ -3249,6 +3537,17 @@ enum { HEAD_MAX = 256 << 10 };
 
 enum got { GOT_DATA, GOT_WAIT, GOT_END, GOT_ERROR };
 
+/* Who a message is from and to, as a batch has it: addresses, and beside each the
+ * parameters that stood behind it. */
+struct envelope {
+	char *from, *parameters;
+	struct list to, to_parameters;
+	size_t weight;                  /* octets of memory it takes */
+};
+
+/* What one envelope may take: a batch is hostile too. */
+enum { ENVELOPE_MAX = 1 << 20 };
+
 /* Messages out of the operands, one after the other.  The window is what was
  * read and not yet used; the head is a copy of the message's header, which is
  * looked at before anything of it is sent. */
@@ -3256,12 +3555,15 @@ struct source {
 	size_t operand;
 	int fd;
 	bool opened, regular, eof, in_message, head_done, head_long, ended;
+	bool failed;                    /* the message breaks off */
 	enum format format;
 	char name[1024];
 	DIR *dir;
 	char dir_path[1000];
 	int dir_stage;
 	struct bsmtp_mbox mbox;
+	struct bsmtp_batch batch;
+	struct envelope envelope;       /* of the next message, where a batch has it */
 	uint64_t offset;                /* of window[start] in the file */
 	size_t start, end;
 	struct bsmtp_slice text;        /* of the message, in the window */
@@ -3295,6 +3597,15 @@ static void source_close(struct source *s)
 	s->opened = false;
 }
 
+static void envelope_free(struct envelope *e)
+{
+	free(e->from);
+	free(e->parameters);
+	list_free(&e->to);
+	list_free(&e->to_parameters);
+	memset(e, 0, sizeof *e);
+}
+
 static bool source_start(struct source *s, int fd)
 {
 	struct stat st;
@@ -3309,12 +3620,14 @@ static bool source_start(struct source *s, int fd)
 	s->opened = true;
 	s->regular = S_ISREG(st.st_mode);
 	s->size = s->regular ? (uint64_t)st.st_size : 0;
-	s->eof = s->in_message = s->ended = false;
+	s->eof = s->in_message = s->ended = s->failed = false;
 	s->offset = 0;
 	s->start = s->end = 0;
 	s->text.len = 0;
 	memset(&s->mbox, 0, sizeof s->mbox);
+	memset(&s->batch, 0, sizeof s->batch);
 	s->mbox.mboxo = options.mboxo;
+	envelope_free(&s->envelope);
 	return true;
 }
 
@@ -3515,19 +3828,120 @@ static enum got text_in_mbox(struct source *s)
 	return got;
 }
 
+/* An address as a file has it: a local-part alone is of this host. */
+static char *qualified(struct bsmtp_slice address)
+{
+	char whole[BSMTP_MAILBOX_MAX + 256];
+	bool local = address.len > 0 && memchr(address.at, '@', address.len) == NULL;
+
+	snprintf(whole, sizeof whole, "%.*s%s%s", (int)address.len, address.at, local ? "@" : "",
+	    local ? host_name() : "");
+	return copy_slice(slice_of(whole));
+}
+
+static void envelope_add(struct envelope *e, struct bsmtp_slice address,
+    struct bsmtp_slice parameters)
+{
+	char *whole = qualified(address);
+
+	list_add(&e->to, slice_of(whole));
+	list_add(&e->to_parameters, parameters);
+	free(whole);
+	e->weight += address.len + parameters.len + 96;
+}
+
+/* The next step of the batch's reader; an error names the line. */
+static enum got batch_step(struct source *s, enum bsmtp_batch_event *event,
+    struct bsmtp_slice *text, struct bsmtp_slice *parameters)
+{
+	enum got got = GOT_DATA;
+	char why[128];
+	size_t used;
+
+	do {
+		*event = bsmtp_batch_next(&s->batch, s->window + s->start, s->end - s->start, s->eof,
+		    &used, text, parameters);
+		source_use(s, used);
+		if (*event == BSMTP_BATCH_NEED)
+			got = source_fill(s);
+	} while (*event == BSMTP_BATCH_NEED && got == GOT_DATA);
+	if (got != GOT_DATA || *event != BSMTP_BATCH_BAD)
+		return got;
+	snprintf(why, sizeof why, "line %llu: %.*s", (unsigned long long)s->batch.line,
+	    (int)text->len, text->at);
+	input_error(s, EX_DATAERR, why);
+	return GOT_ERROR;
+}
+
+/* A transaction up to its DATA: the envelope. */
+static enum got begin_in_batch(struct source *s)
+{
+	struct envelope *e = &s->envelope;
+
+	for (;;) {
+		enum bsmtp_batch_event event;
+		struct bsmtp_slice text, parameters;
+		uint64_t at = s->offset;
+		enum got got = batch_step(s, &event, &text, &parameters);
+		if (got != GOT_DATA)
+			return got;
+		if (event == BSMTP_BATCH_DONE)
+			return GOT_END;
+		if (event == BSMTP_BATCH_BODY)
+			return GOT_DATA;
+		if (event == BSMTP_BATCH_MAIL) {
+			envelope_free(e);
+			s->message_offset = at;
+			e->from = qualified(text);
+			e->parameters = copy_slice(parameters);
+		} else if (event == BSMTP_BATCH_RCPT) {
+			envelope_add(e, text, parameters);
+		}
+		if (e->weight > ENVELOPE_MAX) {
+			input_error(s, EX_DATAERR, "too many recipients for one message");
+			return GOT_ERROR;
+		}
+	}
+}
+
+static enum got text_in_batch(struct source *s)
+{
+	enum bsmtp_batch_event event;
+	struct bsmtp_slice text, parameters;
+	enum got got = batch_step(s, &event, &text, &parameters);
+
+	if (got == GOT_DATA && event == BSMTP_BATCH_END)
+		return GOT_END;
+	if (got == GOT_DATA)
+		s->text = text;
+	return got;
+}
+
 /* What the file is, by its first octets; FORMAT_AUTO where these are too few. */
 static enum format detect(const char *in, size_t len, bool last, bool *nothing)
 {
-	struct bsmtp_slice sender;
+	struct bsmtp_batch batch;
+	struct bsmtp_slice text, parameters;
 	struct bsmtp_field field;
-	ptrdiff_t from = bsmtp_from_line_parse(&sender, in, len);
+	size_t used;
+	ptrdiff_t from = bsmtp_from_line_parse(&text, in, len);
 	ptrdiff_t name = bsmtp_field_parse(&field, in, len, last);
 
-	*nothing = from == BSMTP_BAD && name == BSMTP_BAD;
+	*nothing = false;
 	if (from > 0)
 		return FORMAT_MBOX;
-	return name > 0 || (name == BSMTP_MORE && memchr(in, ':', len) != NULL) ?
-	    FORMAT_MESSAGE : FORMAT_AUTO;
+	if (name > 0 || (name == BSMTP_MORE && memchr(in, ':', len) != NULL))
+		return FORMAT_MESSAGE;
+	memset(&batch, 0, sizeof batch);
+	switch (bsmtp_batch_next(&batch, in, len, last, &used, &text, &parameters)) {
+	case BSMTP_BATCH_BAD:
+		*nothing = from == BSMTP_BAD && name == BSMTP_BAD;
+		return FORMAT_AUTO;
+	case BSMTP_BATCH_NEED:
+		return FORMAT_AUTO;
+	default:
+		return FORMAT_BATCH;
+	}
 }
 
 static enum got begin_detected(struct source *s);
@@ -3543,6 +3957,7 @@ static const struct format_row {
 	[FORMAT_MESSAGE] = { "message", begin_message, text_of_message },
 	[FORMAT_MBOX] = { "mbox", begin_in_mbox, text_in_mbox },
 	[FORMAT_MAILDIR] = { "maildir", begin_message, text_of_message },
+	[FORMAT_BATCH] = { "batch", begin_in_batch, text_in_batch },
 };
 
 static enum got begin_detected(struct source *s)
@@ -3556,7 +3971,7 @@ static enum got begin_detected(struct source *s)
 			return formats[s->format].begin(s);
 		if (nothing || s->eof || s->end - s->start == WINDOW_SIZE) {
 			input_error(s, EX_DATAERR, "no mail: it begins neither with a header field nor "
-			    "with a From_ line (--format message sends it as it is)");
+			    "with a From_ line or a batch's command (--format message sends it as it is)");
 			return GOT_ERROR;
 		}
 		got = source_fill(s);
@@ -3567,12 +3982,13 @@ static enum got begin_detected(struct source *s)
 /* Sees to it that s->text holds octets of the message. */
 static enum got raw_text(struct source *s)
 {
-	enum got got = GOT_DATA;
+	enum got got = s->failed ? GOT_ERROR : GOT_DATA;
 
 	while (s->text.len == 0 && !s->ended && got == GOT_DATA) {
 		got = formats[s->format].text(s);
 		s->ended = got == GOT_END;
 	}
+	s->failed = s->failed || got == GOT_ERROR;
 	return s->text.len > 0 ? GOT_DATA : s->ended ? GOT_END : got;
 }
 
@@ -3626,8 +4042,10 @@ static enum got source_next(struct source *s)
 		}
 		if (s->in_message)
 			got = fill_head(s);
-		if (got == GOT_ERROR || got == GOT_END)
+		if (got == GOT_ERROR || got == GOT_END) {
+			s->in_message = false;
 			source_close(s);
+		}
 		if (got != GOT_END)
 			return got;
 	}
@@ -3660,7 +4078,8 @@ static void source_done(struct source *s)
 {
 	s->in_message = false;
 	s->text.len = 0;
-	if (s->format != FORMAT_MBOX)
+	envelope_free(&s->envelope);
+	if (s->failed || (s->format != FORMAT_MBOX && s->format != FORMAT_BATCH))
 		source_close(s);
 }
 
@@ -4375,18 +4794,22 @@ struct sender {
 	struct bsmtp_client client;
 	struct bsmtp_client_config config;
 	struct trace trace;
-	int fd;
+	struct link link;
+	pid_t child;                    /* the command of --connect-command, or 0 */
 	char peer[128];
 	struct letter *first, **last;   /* in flight, in order */
 	struct letter *current;         /* being read: the last of them, or dropped */
 	struct header header;           /* of the message that comes next */
 	size_t weight, rcpt;
 	uint64_t n, counts[BSMTP_FATES], octets, turnarounds, refused;
-	int64_t start_us, progress_us, grace_start_us, connect_us, grace_us;
+	int64_t start_us, dial_us, progress_us, grace_start_us, connect_us, grace_us;
 	uint64_t doubt_first, doubt_last;       /* numbers of the unknown, of this run */
 	bool ready;                     /* a message waits to be begun */
 	bool dropping;                  /* the current letter was never in flight */
-	bool source_waits, source_over, turned, broken, half_closed, grace_waited, hopeless, agreed;
+	bool broken;                    /* nothing can be written any more */
+	bool cut;                       /* a body has no end, and no way to say so */
+	bool source_waits, source_over, turned, half_closed, greeted, grace_waited, hopeless,
+	    agreed;
 	int status;
 	char out[OUT_SIZE];
 	unsigned char due[DUE_SIZE];
@@ -4406,24 +4829,6 @@ static void letter_free(struct sender *s, struct letter *l)
 	free(l->from);
 	list_free(&l->own);
 	free(l);
-}
-
-static const char *user_name(void)
-{
-	const char *name = getenv("LOGNAME");
-
-	if (name == NULL || *name == '\0')
-		name = getenv("USER");
-	return name != NULL && *name != '\0' ? name : "root";
-}
-
-static const char *host_name(void)
-{
-	static char host[256];
-
-	if (gethostname(host, sizeof host - 1) != 0 || !bsmtp_domain_valid(slice_of(host), false))
-		snprintf(host, sizeof host, "localhost");
-	return host;
 }
 
 /* --from, else the From_ line where it names an address, else the header. */
@@ -4657,7 +5062,7 @@ static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 	s->hopeless = e->error == BSMTP_E_REFUSED;
 	if (e->late && !s->half_closed) {
 		s->half_closed = true;
-		(void)shutdown(s->fd, SHUT_WR);
+		link_finish(&s->link);
 	}
 }
 
@@ -4676,8 +5081,13 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 {
 	switch (e->type) {
 	case BSMTP_CLIENT_NONE:
-	case BSMTP_CLIENT_GREETING:
 	case BSMTP_CLIENT_QUIT:
+		break;
+	case BSMTP_CLIENT_GREETING:
+		/* What a command connects to is there only now. */
+		if (s->child > 0)
+			s->connect_us = now_us() - s->dial_us;
+		s->greeted = true;
 		break;
 	case BSMTP_CLIENT_OPENED:
 		if (bsmtp_client_in_lockstep(&s->client) && s->config.mode != BSMTP_MODE_LOCKSTEP)
@@ -4757,30 +5167,29 @@ static void begin_letter(struct sender *s)
 	    s->source.format == FORMAT_MESSAGE ? s->source.size : 0);
 }
 
-/* Feeds or drops text of the message; true at its end. */
-static bool move_text(struct sender *s, bool drop)
+/* Feeds text of the message, or drops it: END at its end, DATA when the engine
+ * takes no more, WAIT, or ERROR where its end cannot be read. */
+static enum got move_text(struct sender *s, bool drop)
 {
+	enum got got;
+
 	for (;;) {
 		struct bsmtp_slice text;
-		enum got got = source_text(&s->source, &text);
 		size_t n;
-		if (got == GOT_WAIT) {
-			s->source_waits = true;
-			return false;
-		}
-		if (got == GOT_ERROR) {         /* what was read of it must not count */
-			s->broken = s->broken || !drop;
-			return drop;
-		}
-		if (got == GOT_END)
-			return true;
+		got = source_text(&s->source, &text);
+		if (got != GOT_DATA)
+			break;
 		n = drop ? text.len : bsmtp_client_body(&s->client, text.at, text.len);
 		source_taken(&s->source, n);
 		if (s->current != NULL)
 			s->current->octets += n;
 		if (n < text.len)
-			return false;
+			return GOT_DATA;
 	}
+	s->source_waits = got == GOT_WAIT;
+	if (got != GOT_WAIT)
+		source_done(&s->source);
+	return got;
 }
 
 /* Reads a message that is not to be sent to its end; false when it must wait. */
@@ -4788,14 +5197,31 @@ static bool drop_letter(struct sender *s)
 {
 	struct bsmtp_client_event e;
 
-	if (!move_text(s, true))
+	if (move_text(s, true) == GOT_WAIT)
 		return false;
-	source_done(&s->source);
 	memset(&e, 0, sizeof e);
 	if (s->current != NULL)
 		judge(s, s->current, &e);
 	s->dropping = false;
 	return true;
+}
+
+static bool write_body(struct sender *s)
+{
+	switch (move_text(s, false)) {
+	case GOT_DATA:
+		return bsmtp_client_want(&s->client) == BSMTP_WANT_BODY;
+	case GOT_WAIT:
+		return false;
+	case GOT_ERROR:                 /* what was read of it must not count */
+		s->cut = !bsmtp_client_abandon(&s->client);
+		break;
+	case GOT_END:
+		bsmtp_client_body_end(&s->client);
+		break;
+	}
+	s->current = NULL;
+	return !s->cut;
 }
 
 /* One thing that the engine wants; false when it must wait. */
@@ -4823,17 +5249,10 @@ static bool write_step(struct sender *s)
 			bsmtp_client_data(&s->client);
 		return true;
 	case BSMTP_WANT_BODY:
-		if (!move_text(s, false))
-			return !s->source_waits && !s->broken &&
-			    bsmtp_client_want(&s->client) == BSMTP_WANT_BODY;
-		source_done(&s->source);
-		bsmtp_client_body_end(&s->client);
-		s->current = NULL;
-		return true;
+		return write_body(s);
 	case BSMTP_WANT_SKIP:
-		if (!move_text(s, true))
+		if (move_text(s, true) == GOT_WAIT)
 			return false;
-		source_done(&s->source);
 		bsmtp_client_skipped(&s->client, &e);
 		on_event(s, &e);
 		s->current = NULL;
@@ -4853,7 +5272,7 @@ static void flush_out(struct sender *s)
 	const char *out;
 
 	while (out = bsmtp_client_out(&s->client, &len), len > 0 && !s->broken) {
-		ssize_t n = link_write(s->fd, out, len);
+		ssize_t n = link_write(&s->link, out, len);
 		if (n == LINK_AGAIN)
 			return;
 		if (n == LINK_FAILED) {
@@ -4875,7 +5294,7 @@ static void count_turnaround(struct sender *s)
 	size_t len;
 
 	(void)bsmtp_client_out(&s->client, &len);
-	if (s->turned || len > 0 || s->half_closed || s->broken)
+	if (s->turned || len > 0 || s->half_closed || s->broken || s->cut)
 		return;
 	if (want != BSMTP_WANT_REPLY && want != BSMTP_WANT_GRACE && s->weight <= FLIGHT_MAX)
 		return;
@@ -4898,7 +5317,7 @@ static int64_t wait_until(struct sender *s)
 {
 	enum bsmtp_want want = bsmtp_client_want(&s->client);
 
-	if (want == BSMTP_WANT_GRACE) {
+	if (want == BSMTP_WANT_GRACE && (s->child == 0 || s->greeted)) {
 		if (!s->grace_waited)
 			s->grace_start_us = now_us();
 		s->grace_waited = true;
@@ -4919,7 +5338,7 @@ static void session_over(struct sender *s)
 
 static void on_time(struct sender *s)
 {
-	if (bsmtp_client_want(&s->client) == BSMTP_WANT_GRACE) {
+	if (bsmtp_client_want(&s->client) == BSMTP_WANT_GRACE && s->grace_waited) {
 		s->grace_us = now_us() - s->grace_start_us;
 		bsmtp_client_grace_over(&s->client);
 		s->progress_us = now_us();
@@ -4934,7 +5353,7 @@ static void on_time(struct sender *s)
 
 static void read_replies(struct sender *s)
 {
-	ssize_t n = link_read(s->fd, s->in, sizeof s->in);
+	ssize_t n = link_read(&s->link, s->in, sizeof s->in);
 	size_t used = 0;
 
 	if (n == LINK_AGAIN)
@@ -4950,7 +5369,7 @@ static void read_replies(struct sender *s)
 		struct bsmtp_client_event e;
 		bool grace = bsmtp_client_want(&s->client) == BSMTP_WANT_GRACE;
 		used += bsmtp_client_in(&s->client, s->in + used, (size_t)n - used, &e);
-		if (grace && bsmtp_client_want(&s->client) != BSMTP_WANT_GRACE)
+		if (grace && s->grace_waited && bsmtp_client_want(&s->client) != BSMTP_WANT_GRACE)
 			s->grace_us = now_us() - s->grace_start_us;
 		on_event(s, &e);
 	}
@@ -4958,19 +5377,21 @@ static void read_replies(struct sender *s)
 
 static void wait_for_more(struct sender *s)
 {
-	struct pollfd p[2] = { { s->fd, POLLIN, 0 }, { s->source.fd, POLLIN, 0 } };
+	struct pollfd p[3] = { { s->link.in, POLLIN, 0 }, { -1, POLLOUT, 0 }, { -1, POLLIN, 0 } };
 	int64_t until = wait_until(s), left = until - now_us();
 	size_t len;
 	int n;
 
 	(void)bsmtp_client_out(&s->client, &len);
 	if (len > 0 && !s->broken)
-		p[0].events |= POLLOUT;
+		p[1].fd = s->link.out;
+	if (s->source_waits)
+		p[2].fd = s->source.fd;
 	if (options.json && until != 0)
 		fflush(stdout);
-	n = poll(p, s->source_waits ? 2 : 1, until == 0 ? -1 : left <= 0 ? 0 :
+	n = poll(p, COUNT(p), until == 0 ? -1 : left <= 0 ? 0 :
 	    left > 3600000000 ? 3600000 : (int)((left + 999) / 1000));
-	if (n > 0 && (p[0].revents & (POLLIN | POLLHUP | POLLERR)))
+	if (n > 0 && p[0].revents != 0)
 		read_replies(s);
 	else if (n == 0 && until != 0 && now_us() >= until)
 		on_time(s);
@@ -4980,18 +5401,18 @@ static void converse(struct sender *s)
 {
 	while (bsmtp_client_want(&s->client) != BSMTP_WANT_NOTHING) {
 		size_t len;
-		while (!s->broken && write_step(s))
+		while (!s->broken && !s->cut && write_step(s))
 			;
 		flush_out(s);
 		(void)bsmtp_client_out(&s->client, &len);
-		if (len == 0 && !s->broken && !s->source_waits && s->weight <= FLIGHT_MAX &&
+		if (len == 0 && !s->broken && !s->cut && !s->source_waits && s->weight <= FLIGHT_MAX &&
 		    bsmtp_client_want(&s->client) < BSMTP_WANT_GRACE) {
 			read_replies(s);        /* what is there; it does not wait */
 			continue;
 		}
-		if (s->broken && !s->half_closed) {
+		if ((s->broken || (s->cut && len == 0)) && !s->half_closed) {
 			s->half_closed = true;
-			(void)shutdown(s->fd, SHUT_WR);
+			link_finish(&s->link);
 		}
 		count_turnaround(s);
 		wait_for_more(s);
@@ -5052,46 +5473,91 @@ static void report_summary(struct sender *s)
 	    (unsigned long long)bsmtp_client_strays(&s->client));
 }
 
-/* A socket to the server, or the exit status of not getting one. */
+/* Through a command: its standard input and output are a socket to us. */
+static int dial_command(struct sender *s)
+{
+	int pair[2];
+
+	snprintf(s->peer, sizeof s->peer, "%s", options.connect_command);
+	if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0 || !set_flags(pair[0]) ||
+	    (s->child = fork()) < 0) {
+		diag("%s: %s", s->peer, strerror(errno));
+		return EX_OSERR;
+	}
+	if (s->child == 0) {
+		(void)signal(SIGPIPE, SIG_DFL);
+		if (dup2(pair[1], STDIN_FILENO) >= 0 && dup2(pair[1], STDOUT_FILENO) >= 0)
+			execl("/bin/sh", "sh", "-c", options.connect_command, (char *)NULL);
+		_exit(127);
+	}
+	close(pair[1]);
+	s->link = (struct link){ pair[0], pair[0] };
+	trace_note(&s->trace, "started: %s", options.connect_command);
+	return EX_OK;
+}
+
+/* The command has done its work when the connection is closed. */
+static void end_command(struct sender *s)
+{
+	int how = 0;
+
+	if (s->child <= 0 || waitpid(s->child, &how, 0) != s->child || how == 0)
+		return;
+	if (WIFEXITED(how))
+		diag("%s: exit status %d", s->peer, WEXITSTATUS(how));
+	else
+		diag("%s: ended by signal %d", s->peer, WTERMSIG(how));
+}
+
+static int dial_address(struct sender *s, const struct addrinfo *found)
+{
+	struct sockaddr_storage peer;
+	socklen_t len = sizeof peer;
+	int fd = connect_any(found, (int64_t)options.timeout_ms * 1000, &s->connect_us);
+
+	if (fd < 0) {
+		diag("%s: %s", options.server, strerror(errno));
+		return EX_TEMPFAIL;
+	}
+	s->link = (struct link){ fd, fd };
+	if (found->ai_family != AF_UNIX && getpeername(fd, (struct sockaddr *)(void *)&peer, &len) == 0)
+		name_address(s->peer, sizeof s->peer, (struct sockaddr *)(void *)&peer, len);
+	trace_note(&s->trace, "connected to %s in %.3f ms", s->peer, (double)s->connect_us / 1e3);
+	return EX_OK;
+}
+
+/* Makes the link to the server; the exit status of not getting one. */
 static int dial(struct sender *s)
 {
 	struct address a;
 	struct addrinfo *found = NULL;
 	struct sockaddr_un un;
 	struct addrinfo local;
-	int64_t start = now_us();
-	int error;
+	int error, status;
 
+	if (options.connect_command != NULL)
+		return dial_command(s);
 	if (!parse_address(&a, options.server)) {
 		diag("--server %s: not an address (host, host:port, [v6]:port, unix:/path)",
 		    options.server);
 		return EX_USAGE;
 	}
 	snprintf(s->peer, sizeof s->peer, "%s", options.server);
-	memset(&local, 0, sizeof local);
-	local.ai_family = AF_UNIX;
-	local.ai_addr = (struct sockaddr *)(void *)&un;
-	local.ai_addrlen = local_address(&un, a.host);
-	error = a.local ? 0 : resolve(&a, false, &found);
+	if (a.local) {
+		memset(&local, 0, sizeof local);
+		local.ai_family = AF_UNIX;
+		local.ai_addr = (struct sockaddr *)(void *)&un;
+		local.ai_addrlen = local_address(&un, a.host);
+		return dial_address(s, &local);
+	}
+	error = resolve(&a, false, &found);
 	if (error != 0) {
 		diag("%s: %s", options.server, gai_strerror(error));
 		return EX_NOHOST;
 	}
-	s->fd = connect_any(a.local ? &local : found, (int64_t)options.timeout_ms * 1000);
-	error = errno;
-	if (found != NULL)
-		freeaddrinfo(found);
-	if (s->fd < 0) {
-		diag("%s: %s", options.server, strerror(error));
-		return EX_TEMPFAIL;
-	}
-	s->connect_us = now_us() - start;
-	struct sockaddr_storage peer;
-	socklen_t len = sizeof peer;
-	if (!a.local && getpeername(s->fd, (struct sockaddr *)(void *)&peer, &len) == 0)
-		name_address(s->peer, sizeof s->peer, (struct sockaddr *)(void *)&peer, len);
-	trace_note(&s->trace, "connected to %s in %.3f ms", s->peer, (double)s->connect_us / 1e3);
-	return EX_OK;
+	status = dial_address(s, found);
+	freeaddrinfo(found);
+	return status;
 }
 
 static int send_mail(struct sender *s)
@@ -5110,6 +5576,7 @@ static int send_mail(struct sender *s)
 		report_summary(s);
 		return EX_OK;
 	}
+	s->dial_us = now_us();
 	dialled = dial(s);
 	if (dialled == EX_USAGE)
 		return dialled;
@@ -5120,7 +5587,8 @@ static int send_mail(struct sender *s)
 		if (s->config.no_grace && s->config.mode == BSMTP_MODE_BSMTP && !s->config.await_greeting)
 			trace_note(&s->trace, "no grace");
 		converse(s);
-		close(s->fd);
+		link_close(&s->link);
+		end_command(s);
 	}
 	settle_rest(s);
 	report_summary(s);
@@ -5134,6 +5602,7 @@ static int send_main(void)
 
 	memset(s, 0, sizeof *s);
 	s->last = &s->first;
+	s->link = (struct link){ -1, -1 };
 	s->start_us = s->trace.start_us = now_us();
 	s->source.head = grow(NULL, HEAD_MAX);
 	s->source.window = grow(NULL, WINDOW_SIZE);
@@ -5185,7 +5654,8 @@ struct arrival {
 struct session {
 	struct session *next;
 	struct listener *listener;
-	int fd;                         /* -1: gone, but the committer has its mail */
+	struct link link;               /* closed: gone, but the committer has its mail */
+	size_t poll_at;                 /* its place in the listener's polls */
 	struct bsmtp_server server;
 	struct bsmtp_held few[BSMTP_SERVER_HELD_MIN], *many;
 	struct trace trace;
@@ -5219,6 +5689,7 @@ struct listener {
 	uint64_t stored;
 	int64_t start_us, stop_us;
 	int signal_pipe[2];
+	int stdio_flags[2];             /* of descriptors 0 and 1, before us */
 	int last_error;
 	bool stopping, at_once, first_ended, accept_failed;
 	char in[IN_SIZE];
@@ -5235,6 +5706,11 @@ static void on_signal(int number)
 	(void)number;
 	(void)!write(signal_fd, "", 1);
 	errno = saved;
+}
+
+static bool is_open(const struct session *s)
+{
+	return s->link.in >= 0;
 }
 
 /* ---- sessions: the store's side ---- */
@@ -5288,7 +5764,7 @@ static void delivered(struct delivery *d)
 			diag("%s: %s", l->store.path, strerror(d->error));
 	}
 	l->last_error = d->error;
-	if (s->fd >= 0)
+	if (is_open(s))
 		bsmtp_server_settle(&s->server, d->ticket, answer);
 	delivery_free(d);
 }
@@ -5345,13 +5821,12 @@ static void session_gone(struct session *s)
 {
 	struct bsmtp_server_event e;
 
-	if (s->fd < 0)
+	if (!is_open(s))
 		return;
 	bsmtp_server_eof(&s->server, &e);
 	delivery_forget(&s->listener->store, s->current);
 	s->current = NULL;
-	close(s->fd);
-	s->fd = -1;
+	link_close(&s->link);
 	s->listener->session_count--;
 	s->listener->first_ended = true;
 	while (s->first != NULL) {
@@ -5377,7 +5852,7 @@ static void linger(struct session *s)
 {
 	s->lingering = true;
 	s->linger_us = now_us() + LINGER_MS * 1000;
-	(void)shutdown(s->fd, SHUT_WR);
+	link_finish(&s->link);
 }
 
 /* Sends what may go.  False when the session is over. */
@@ -5385,12 +5860,12 @@ static bool session_flush(struct session *s)
 {
 	struct listener *l = s->listener;
 
-	while (s->fd >= 0 && !s->lingering) {
+	while (is_open(s) && !s->lingering) {
 		bool closed = false;
 		const char *out = s->out != NULL ? s->out + s->out_sent : l->out;
 		size_t len = s->out != NULL ? s->out_len - s->out_sent :
 		    bsmtp_server_out(&s->server, l->out, sizeof l->out, &closed);
-		ssize_t n = len > 0 ? link_write(s->fd, out, len) : 0;
+		ssize_t n = len > 0 ? link_write(&s->link, out, len) : 0;
 		if (len > 0)
 			s->answered = true;
 		if (n > 0)
@@ -5422,7 +5897,7 @@ static bool session_flush(struct session *s)
 			break;
 		}
 	}
-	return s->fd >= 0;
+	return is_open(s);
 }
 
 static void lend_more(struct session *s)
@@ -5472,7 +5947,7 @@ static void on_server_event(struct session *s, struct bsmtp_server_event *e)
 
 static bool may_work(const struct session *s)
 {
-	return s->fd >= 0 && !s->ending && s->resume_us == 0 &&
+	return is_open(s) && !s->ending && s->resume_us == 0 &&
 	    s->listener->pending < GROUP_MAX && (options.cut_messages == 0 ||
 	    s->messages + s->pending < options.cut_messages);
 }
@@ -5537,7 +6012,7 @@ static void work_arrivals(struct session *s)
 		size_t used = session_work(s, a->data + a->used, a->len - a->used);
 		a->used += used;
 		s->delayed -= used;
-		if (s->fd < 0 || a->used < a->len || s->resume_us != 0)
+		if (!is_open(s) || a->used < a->len || s->resume_us != 0)
 			return;
 		if (a->eof)
 			session_eof(s);
@@ -5557,7 +6032,7 @@ static void session_read(struct session *s)
 	if (options.cut_octets > 0)
 		most = options.cut_octets - s->received < most ?
 		    (size_t)(options.cut_octets - s->received) : most;
-	n = link_read(s->fd, l->in, most);
+	n = link_read(&s->link, l->in, most);
 	if (n == LINK_AGAIN)
 		return;
 	s->progress_us = now_us();
@@ -5578,7 +6053,7 @@ static void session_read(struct session *s)
 	s->received += (uint64_t)n;
 	if (s->first == NULL && options.latency_ms == 0)
 		used = session_work(s, l->in, (size_t)n);
-	if (s->fd < 0)
+	if (!is_open(s))
 		return;
 	if (used < (size_t)n || (n == 0 && (s->first != NULL || options.latency_ms > 0)))
 		keep_arrival(s, l->in + used, (size_t)n - used, options.latency_ms > 0 ?
@@ -5633,18 +6108,19 @@ static size_t sessions_of(struct listener *l, const unsigned char host[16])
 	size_t n = 0;
 
 	for (struct session *s = l->sessions; s != NULL; s = s->next)
-		n += s->fd >= 0 && memcmp(s->host, host, 16) == 0;
+		n += is_open(s) && memcmp(s->host, host, 16) == 0;
 	return n;
 }
 
-static void session_new(struct listener *l, int fd, const struct sockaddr *sa, socklen_t len)
+static void session_new(struct listener *l, struct link link, const struct sockaddr *sa,
+    socklen_t len)
 {
 	struct session *s = grow(NULL, sizeof *s);
 	struct bsmtp_server_event e;
 
 	memset(s, 0, sizeof *s);
 	s->listener = l;
-	s->fd = fd;
+	s->link = link;
 	s->last = &s->first;
 	s->start_us = s->progress_us = now_us();
 	name_address(s->peer, sizeof s->peer, sa, len);
@@ -5687,8 +6163,35 @@ static void accept_all(struct listener *l, int socket)
 		if (!set_flags(fd) || l->session_count >= options.max_connections + OVERFLOW_MAX)
 			close(fd);
 		else
-			session_new(l, fd, (struct sockaddr *)(void *)&peer, len);
+			session_new(l, (struct link){ fd, fd }, (struct sockaddr *)(void *)&peer, len);
 	}
+}
+
+/* One session on standard input and output: inetd's socket, or pipes as ssh has
+ * them.  Who has started us has arranged it; a peer on a network is still asked
+ * for. */
+static void session_on_stdio(struct listener *l)
+{
+	struct sockaddr_storage peer;
+	socklen_t len = sizeof peer;
+
+	memset(&peer, 0, sizeof peer);
+	if (getpeername(STDIN_FILENO, (struct sockaddr *)(void *)&peer, &len) != 0 ||
+	    (peer.ss_family != AF_INET && peer.ss_family != AF_INET6))
+		peer.ss_family = AF_UNIX;
+	for (int fd = STDIN_FILENO; fd <= STDOUT_FILENO; fd++) {
+		l->stdio_flags[fd] = fcntl(fd, F_GETFL);
+		(void)set_flags(fd);
+	}
+	session_new(l, (struct link){ dup(STDIN_FILENO), dup(STDOUT_FILENO) },
+	    (struct sockaddr *)(void *)&peer, len);
+}
+
+/* Whoever shares them with us, a terminal's shell say, wants them as they were. */
+static void restore_stdio(const struct listener *l)
+{
+	for (int fd = STDIN_FILENO; options.stdio && fd <= STDOUT_FILENO; fd++)
+		(void)fcntl(fd, F_SETFL, l->stdio_flags[fd]);
 }
 
 /* ---- the addresses ---- */
@@ -5774,6 +6277,53 @@ static int listen_address(struct listener *l, const char *text)
 	return EX_UNAVAILABLE;
 }
 
+/* Sockets that systemd holds for us: LISTEN_FDS of them, from descriptor 3 on. */
+static int adopt_sockets(struct listener *l)
+{
+	const char *pid = getenv("LISTEN_PID"), *count = getenv("LISTEN_FDS");
+	uint64_t n = 0, who = 0;
+
+	if (pid == NULL || count == NULL || parse_number(pid, &who) != NULL ||
+	    parse_number(count, &n) != NULL || who != (uint64_t)getpid())
+		return EX_OK;
+	for (int fd = 3; n > 0; n--, fd++) {
+		struct sockaddr_storage sa;
+		socklen_t len = sizeof sa;
+		if (l->socket_count == COUNT(l->sockets) ||
+		    getsockname(fd, (struct sockaddr *)(void *)&sa, &len) != 0 || !set_flags(fd)) {
+			diag("LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
+			return EX_UNAVAILABLE;
+		}
+		if (is_wide((struct sockaddr *)(void *)&sa) && options.allow_count == 0) {
+			diag("LISTEN_FDS: beyond this host BSMTP is by prearrangement: give --allow CIDR");
+			return EX_USAGE;
+		}
+		l->sockets[l->socket_count++] = fd;
+	}
+	return EX_OK;
+}
+
+/* Tells a service manager, where there is one (sd_notify(3)). */
+static void notify(const char *what)
+{
+	const char *path = getenv("NOTIFY_SOCKET");
+	struct sockaddr_un un;
+	socklen_t len;
+	int fd;
+
+	if (path == NULL || (*path != '/' && *path != '@') || strlen(path) >= sizeof un.sun_path)
+		return;
+	(void)local_address(&un, path);
+	len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(path));
+	if (*path == '@')
+		un.sun_path[0] = '\0';
+	fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+	if (fd >= 0)
+		(void)sendto(fd, what, strlen(what), 0, (struct sockaddr *)(void *)&un, len);
+	if (fd >= 0)
+		close(fd);
+}
+
 /* Says where it listens, in each of the ways that scripts wait for. */
 static int announce(struct listener *l)
 {
@@ -5821,8 +6371,10 @@ static void stop_listening(struct listener *l)
 	l->socket_count = 0;
 	for (size_t i = 0; i < l->unlink_paths.count; i++)
 		(void)unlink(l->unlink_paths.items[i]);
-	if (l->stop_us == 0)
+	if (l->stop_us == 0) {
 		l->stop_us = now_us();
+		notify("STOPPING=1");
+	}
 	l->config.stopping = true;
 }
 
@@ -5830,7 +6382,7 @@ static void session_stop(struct session *s, enum bsmtp_answer answer)
 {
 	struct bsmtp_server_event e;
 
-	if (s->fd < 0 || s->ending)
+	if (!is_open(s) || s->ending)
 		return;
 	bsmtp_server_stop(&s->server, answer, &e);
 	on_server_event(s, &e);
@@ -5866,7 +6418,7 @@ static void session_time(struct session *s, int64_t now)
 static void session_serve(struct session *s, int64_t now)
 {
 	session_time(s, now);
-	if (s->fd < 0)
+	if (!is_open(s))
 		return;
 	work_arrivals(s);
 	if (options.cut_messages > 0 && s->messages >= options.cut_messages) {
@@ -5909,7 +6461,7 @@ static void reap(struct listener *l)
 {
 	for (struct session **at = &l->sessions; *at != NULL;) {
 		struct session *s = *at;
-		if (s->fd >= 0 || s->pending > 0) {
+		if (is_open(s) || s->pending > 0) {
 			at = &s->next;
 			continue;
 		}
@@ -5933,14 +6485,28 @@ static void take_committed(struct listener *l)
 	}
 }
 
+/* Fills in what is waited for, one place or two; returns how many. */
+static size_t poll_session(const struct session *s, struct pollfd *p)
+{
+	bool one = s->link.in == s->link.out;
+
+	p[0] = (struct pollfd){ s->link.in, (short)((wants_input(s) ? POLLIN : 0) |
+	    (one && s->out != NULL ? POLLOUT : 0)), 0 };
+	if (p[0].events == 0)           /* else a hang-up would wake us for ever */
+		p[0].fd = -1;
+	if (!one)
+		p[1] = (struct pollfd){ s->out != NULL ? s->link.out : -1, POLLOUT, 0 };
+	return one ? 1 : 2;
+}
+
 static void wait_for_events(struct listener *l)
 {
 	size_t fixed = 2 + l->socket_count, n = fixed;
 	int64_t now = now_us(), alarm = now + 3600000000;
 	struct pollfd *p;
 
-	if (l->poll_room < fixed + l->session_count) {
-		l->poll_room = (fixed + l->session_count) * 2;
+	if (l->poll_room < fixed + 2 * l->session_count) {
+		l->poll_room = (fixed + l->session_count) * 4;
 		l->polls = grow(l->polls, l->poll_room * sizeof *l->polls);
 	}
 	p = l->polls;
@@ -5950,15 +6516,12 @@ static void wait_for_events(struct listener *l)
 		p[2 + i] = (struct pollfd){ l->accept_failed ? -1 : l->sockets[i], POLLIN, 0 };
 	for (struct session *s = l->sessions; s != NULL; s = s->next) {
 		int64_t at;
-		if (s->fd < 0)
+		if (!is_open(s))
 			continue;
 		at = session_alarm(s);
 		alarm = at < alarm ? at : alarm;
-		p[n] = (struct pollfd){ s->fd, (short)((wants_input(s) ? POLLIN : 0) |
-		    (s->out != NULL ? POLLOUT : 0)), 0 };
-		if (p[n].events == 0)           /* else a hang-up would wake us for ever */
-			p[n].fd = -1;
-		n++;
+		s->poll_at = n;
+		n += poll_session(s, p + n);
 	}
 	if (options.deadline_given && l->stop_us == 0 &&
 	    l->start_us + (int64_t)options.deadline_ms * 1000 < alarm)
@@ -5989,13 +6552,13 @@ static void on_stop_signals(struct listener *l)
 
 static void one_round(struct listener *l)
 {
-	size_t n = 2 + l->socket_count, sockets = l->socket_count;
+	size_t sockets = l->socket_count;
 	int64_t now;
 
 	wait_for_events(l);
 	take_committed(l);
 	for (struct session *s = l->sessions; s != NULL; s = s->next)
-		if (s->fd >= 0 && (l->polls[n++].revents & (POLLIN | POLLHUP | POLLERR)) != 0) {
+		if (is_open(s) && (l->polls[s->poll_at].revents & (POLLIN | POLLHUP | POLLERR)) != 0) {
 			if (wants_input(s))
 				session_read(s);
 			else            /* replies wait, and nobody will ever read them */
@@ -6003,7 +6566,7 @@ static void one_round(struct listener *l)
 		}
 	now = now_us();
 	for (struct session *s = l->sessions; s != NULL; s = s->next)
-		if (s->fd >= 0)
+		if (is_open(s))
 			session_serve(s, now);
 	for (size_t i = 0; i < sockets; i++)
 		if (l->polls[2 + i].revents & POLLIN)
@@ -6018,7 +6581,7 @@ static void one_round(struct listener *l)
 static bool goal_reached(const struct listener *l)
 {
 	return (options.count > 0 && l->stored >= options.count) ||
-	    (options.once && l->first_ended);
+	    ((options.once || options.stdio) && l->first_ended);
 }
 
 static int serve(struct listener *l)
@@ -6075,11 +6638,19 @@ static int start_listening(struct listener *l)
 		diag("%s: %s", options.store_path, strerror(errno));
 		return EX_CANTCREAT;
 	}
+	if (!options.stdio)
+		status = adopt_sockets(l);
 	for (size_t i = 0; i < options.operands.count && status == EX_OK; i++)
 		status = listen_address(l, options.operands.items[i]);
-	if (options.operands.count == 0)
+	if (options.operands.count == 0 && l->socket_count == 0 && !options.stdio && status == EX_OK)
 		status = listen_address(l, "localhost:2525");
-	return status == EX_OK ? announce(l) : status;
+	if (status == EX_OK)
+		status = announce(l);
+	if (status == EX_OK)
+		notify("READY=1");
+	if (options.stdio && status == EX_OK)
+		session_on_stdio(l);
+	return status;
 }
 
 static bool catch_signals(struct listener *l)
@@ -6148,8 +6719,10 @@ static int listen_main(void)
 		status = EX_OSERR;
 	} else {
 		status = start_listening(l);
-		if (status == EX_OK)
+		if (status == EX_OK) {
 			status = serve(l);
+			restore_stdio(l);
+		}
 	}
 	listener_free(l);
 	if (!stdout_good() && status == EX_OK)
@@ -6276,7 +6849,7 @@ static const char *parse_opening(const char *text, void *where)
 
 static const char *parse_format(const char *text, void *where)
 {
-	return parse_word(text, where, FORMAT_MAILDIR + 1, format_word);
+	return parse_word(text, where, FORMATS, format_word);
 }
 
 /* Two words for a switch: the second sets it. */
@@ -6472,6 +7045,7 @@ static const char *parse_keep_going(const char *text, void *where)
 
 static const struct option_row option_rows[] = {
 	{ SEND, 's', "server", "ADDR", "where to (localhost:2525)", parse_text, &options.server },
+	{ SEND, 0, "connect-command", "CMD", "speak through a command's input and output", parse_text, &options.connect_command },
 	{ SEND, 'f', "from", "ADDR", "envelope sender; <> is the null sender", parse_from, &options.from },
 	{ SEND, 'r', "to", "ADDR", "envelope recipient; repeatable, comma lists", parse_to, &options.to },
 	{ SEND, 't', "to-headers", NULL, "recipients from To, Cc, Bcc; Bcc is removed", parse_flag, &options.to_headers },
@@ -6502,6 +7076,7 @@ static const struct option_row option_rows[] = {
 	{ LISTEN, 0, "once", NULL, "stop after the first session", parse_flag, &options.once },
 	{ LISTEN, 0, "deadline", "TIME", "give up after TIME", parse_deadline, &options.deadline_ms },
 	{ LISTEN, 0, "address-file", "FILE", "write the bound addresses there, once ready", parse_text, &options.address_file },
+	{ LISTEN, 0, "stdio", NULL, "one session on standard input and output", parse_flag, &options.stdio },
 	{ LISTEN, 0, "bsmtp", "WORD", "what the opening gets: accept, silent, refuse, close, unknown", parse_opening, &options.opening },
 	{ LISTEN, 0, "reply", "RULE", "VERB[#N][ GLOB]=ACTION: a reply, drop, silent, delay TIME", parse_fault, NULL },
 	{ LISTEN, 0, "latency", "TIME", "act on what arrives so much later", parse_time, &options.latency_ms },
@@ -6611,6 +7186,15 @@ static int read_options(enum program program, int argc, char **argv)
 	return status;
 }
 
+static int check_listen(void)
+{
+	if (options.stdio && (options.operands.count > 0 || options.json)) {
+		diag("--stdio: standard input and output are the session: no address, no --json");
+		return EX_USAGE;
+	}
+	return EX_OK;
+}
+
 static int check_send(void)
 {
 	if (options.to.count == 0 && !options.to_headers) {
@@ -6638,6 +7222,7 @@ static void free_options(void)
 	list_free(&options.operands);
 	list_free(&options.to);
 	free(options.server);
+	free(options.connect_command);
 	free(options.from);
 	free(options.helo);
 	free(options.store_path);
@@ -6677,8 +7262,8 @@ int main(int argc, char **argv)
 	argv[1] = name;                 /* getopt_long() signs its complaints with it */
 	set_defaults();
 	status = read_options(which, argc - 1, argv + 1);
-	if (status == EX_OK && which == SEND)
-		status = check_send();
+	if (status == EX_OK)
+		status = which == SEND ? check_send() : check_listen();
 	if (status == EX_OK)
 		status = which == SEND ? send_main() : listen_main();
 	free_options();

@@ -91,7 +91,8 @@ bool bsmtp_utf8_valid(struct bsmtp_slice text);
 enum {                          /* flags for bsmtp_path_parse() */
 	BSMTP_PATH_NULL = 1,            /* "<>" is taken: a reverse-path */
 	BSMTP_PATH_POSTMASTER = 2,      /* "<Postmaster>" is taken: RCPT */
-	BSMTP_PATH_UTF8 = 4             /* RFC 6531 */
+	BSMTP_PATH_UTF8 = 4,            /* RFC 6531 */
+	BSMTP_PATH_LOCAL = 8            /* a local-part alone is taken: files */
 };
 
 /* A path in its angle brackets at the head of in[0..len), which holds all of
@@ -165,6 +166,22 @@ enum bsmtp_mbox_event {
 enum bsmtp_mbox_event bsmtp_mbox_next(struct bsmtp_mbox *mbox, const char *in, size_t len,
     bool last, size_t *used, struct bsmtp_slice *out);
 
+/* Marks text for an mbox of variant mboxrd: one ">" is put before each line that
+ * is ">"s and "From ".  All zeros to begin. */
+struct bsmtp_quoter {
+	unsigned char matched;  /* octets of "From " withheld, at a line's start */
+	bool middle;            /* inside a line that is known to be another */
+};
+
+/* Reads from in[0..len), which has LF alone for line ends, returns the octets
+ * used, and in *text the next run of marked text.  One of the two is over 0
+ * unless len is. */
+size_t bsmtp_quote(struct bsmtp_quoter *quoter, const char *in, size_t len,
+    struct bsmtp_slice *text);
+
+/* Ends the text: *text is what was withheld. */
+void bsmtp_quote_end(struct bsmtp_quoter *quoter, struct bsmtp_slice *text);
+
 /* ---- body codecs -------------------------------------------------------- */
 
 /* Local text to the wire: LF and CRLF become CRLF, any other CR becomes a
@@ -188,8 +205,9 @@ size_t bsmtp_encode(struct bsmtp_encoder *encoder, char *out, size_t cap, size_t
 size_t bsmtp_encode_end(struct bsmtp_encoder *encoder, char *out);
 
 /* DATA's body from the wire: takes away the doubled dots and finds the end,
- * CRLF "." CRLF and nothing else.  All zeros to begin. */
+ * CRLF "." CRLF and nothing else.  All zeros to begin, but for `lf`. */
 struct bsmtp_decoder {
+	bool lf;                /* set by the caller: LF ends a line too, as in files */
 	unsigned char state;
 	bool ended;             /* the end was read */
 };
@@ -216,6 +234,38 @@ size_t bsmtp_newlines(struct bsmtp_newlines *newlines, const char *in, size_t le
 
 /* Ends the text: a CR at its end is a bare one.  *text is what is to be added. */
 void bsmtp_newlines_end(struct bsmtp_newlines *newlines, struct bsmtp_slice *text);
+
+/* ---- the stream at rest: RFC 2442 ---------------------------------------- */
+
+/* Reads a batch: the client's side of an SMTP session, written down with no
+ * server present.  HELO, EHLO, BSMTP, RSET, QUIT, VERB, VERBOSE, TICK, NOOP and
+ * blank lines give no event; several batches may follow one another.  Lines end
+ * as the first one does, in CRLF or in LF.  All zeros to begin. */
+struct bsmtp_batch {
+	unsigned char state;
+	bool begun;             /* the first line was read */
+	uint64_t line;          /* the one being read, counted from 1 */
+	struct bsmtp_decoder decoder;
+};
+
+enum bsmtp_batch_event {
+	BSMTP_BATCH_NEED,       /* all but the octets left was used: give more */
+	BSMTP_BATCH_MAIL,       /* a transaction: `text` is the reverse-path */
+	BSMTP_BATCH_RCPT,       /* `text` is a forward-path of it */
+	BSMTP_BATCH_BODY,       /* its message follows */
+	BSMTP_BATCH_TEXT,       /* octets of the message, LF or CRLF as in the file */
+	BSMTP_BATCH_END,        /* the message is whole */
+	BSMTP_BATCH_DONE,       /* the file ends, no message open */
+	BSMTP_BATCH_BAD         /* `text` says why, in `line` */
+};
+
+/* Takes octets from the head of in[0..len), writes to *used how many, and says
+ * what they are.  `text` may be a path without domain (see BSMTP_PATH_LOCAL);
+ * `parameters`, of MAIL and RCPT, is a list for bsmtp_parameter_parse() that was
+ * checked.  `last`: nothing follows in[0..len).  At NEED, offer what was not used
+ * again with more behind it: at most BSMTP_COMMAND_MAX octets are left over. */
+enum bsmtp_batch_event bsmtp_batch_next(struct bsmtp_batch *batch, const char *in, size_t len,
+    bool last, size_t *used, struct bsmtp_slice *text, struct bsmtp_slice *parameters);
 
 /* ---- words --------------------------------------------------------------- */
 
@@ -412,6 +462,11 @@ void bsmtp_client_data(struct bsmtp_client *client);    /* no more recipients */
  * taken, less than len when there is no more room. */
 size_t bsmtp_client_body(struct bsmtp_client *client, const char *in, size_t len);
 void bsmtp_client_body_end(struct bsmtp_client *client);
+
+/* The body breaks off, and must not count: under BDAT, where RSET drops what was
+ * sent of it, true, and the next message may follow.  Under DATA nothing says so
+ * but the end of the connection: false, send what is out and close. */
+bool bsmtp_client_abandon(struct bsmtp_client *client);
 
 /* The message was dropped as asked.  *event is its MESSAGE event when no reply
  * to come can decide more, else NONE. */
