@@ -71,6 +71,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <spawn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -481,7 +482,7 @@ ptrdiff_t bsmtp_path_parse(struct bsmtp_slice *mailbox, const char *in, size_t l
 	s = slice(s.at + route, s.len - (size_t)route);
 	if (!bsmtp_mailbox_valid(s, utf8) &&
 	    !((flags & BSMTP_PATH_LOCAL) && route == 0 && s.len > 0 && s.len <= BSMTP_MAILBOX_MAX &&
-	    local_part_length(s, utf8) == s.len) &&
+	    local_part_length(s, utf8) == s.len && (!utf8 || bsmtp_utf8_valid(s))) &&
 	    !(s.len == 0 && route == 0 && (flags & BSMTP_PATH_NULL)) &&
 	    !((flags & BSMTP_PATH_POSTMASTER) && route == 0 && same(s, "postmaster")))
 		return BSMTP_BAD;
@@ -1070,8 +1071,8 @@ static enum bsmtp_batch_event batch_body(struct bsmtp_batch *b, const char *in, 
 {
 	size_t n = bsmtp_decode(&b->decoder, in, len, text);
 
-	for (const char *lf = in; (lf = memchr(lf, '\n', (size_t)(in + n - lf))) != NULL; lf++)
-		b->line++;
+	for (size_t i = 0; i < n; i++)
+		b->line += in[i] == '\n';
 	*used += n;
 	if (b->decoder.ended) {
 		b->state = BATCH_COMMANDS;
@@ -1460,7 +1461,7 @@ static enum bsmtp_want want_command(const struct bsmtp_client *c, enum bsmtp_wan
 
 static enum bsmtp_want want_body(const struct bsmtp_client *c)
 {
-	if (c->due_count + 2 > c->due_size)
+	if (c->due_count + 2 > c->due_size || (c->lockstep && !c->chunk_open && c->due_count > 0))
 		return BSMTP_WANT_REPLY;
 	if (client_room(c) >= HEADER_MAX + 4 || (c->chunk_open && c->ready == 0))
 		return BSMTP_WANT_BODY;
@@ -1511,6 +1512,8 @@ void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool 
 
 	/* A refused DATA or BDAT may leave the transaction open (RFC 3030 2,
 	 * Exim 4.96), and in a stream that is not known yet. */
+	if (c->first)
+		c->sure = c->opened || mode_of(c)->opening != BSMTP_VERB_BSMTP;
 	if (!c->first && c->unsure && !(c->offered & BSMTP_KEY_BSMTP))
 		write_reset(c);
 	put_string(&t, ">");
@@ -1719,6 +1722,14 @@ static void keep_verdict(struct bsmtp_client *c, const struct bsmtp_client_event
 	c->verdict.text = slice(c->verdict_text + reply->status.len, t.len - reply->status.len);
 }
 
+/* Where a stream began before its opening was answered, and nothing since has told
+ * whether it was, a reply may be that of the command it is counted for, or of the
+ * next one: only where both readings agree is anything known. */
+static bool is_doubtful(const struct bsmtp_client *c, enum bsmtp_fate fate)
+{
+	return !c->sure && (fate == BSMTP_DELIVERED ? !c->all_good : !c->all_bad);
+}
+
 /* The fate as far as the replies go; `final` when the last of them is in. */
 static void give_fate(struct bsmtp_client *c, struct bsmtp_client_event *event, bool final)
 {
@@ -1728,7 +1739,7 @@ static void give_fate(struct bsmtp_client *c, struct bsmtp_client_event *event, 
 
 	if (nobody)
 		fate = c->rcpts_deferred > 0 ? BSMTP_DEFERRED : BSMTP_REJECTED;
-	if (!final && !decided)
+	if ((!final && !decided) || is_doubtful(c, fate))
 		fate = BSMTP_UNKNOWN;
 	*event = c->verdict;
 	if (fate == BSMTP_UNKNOWN)
@@ -1743,6 +1754,8 @@ static void begin_judging(struct bsmtp_client *c)
 	memset(&c->verdict, 0, sizeof c->verdict);
 	c->judging = true;
 	c->mail_bad = false;
+	c->all_good = c->previous / 100 == 2;
+	c->all_bad = c->previous / 100 > 3;
 	c->rcpts = c->rcpts_good = c->rcpts_deferred = 0;
 }
 
@@ -1759,15 +1772,17 @@ static void answer_mail(struct bsmtp_client *c, struct bsmtp_client_event *event
 
 static void answer_rcpt(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
+	enum bsmtp_fate fate = fate_of(event->code);
+
 	event->type = BSMTP_CLIENT_RCPT;
-	event->fate = fate_of(event->code);
+	event->fate = c->sure || c->previous / 100 == event->code / 100 ? fate : BSMTP_UNKNOWN;
 	event->rcpt = c->rcpts++;
-	if (event->fate == BSMTP_DELIVERED) {
+	if (fate == BSMTP_DELIVERED) {
 		c->rcpts_good++;
 		if (!c->mail_bad)
 			c->verdict.code = 0;
 	} else {
-		c->rcpts_deferred += event->fate == BSMTP_DEFERRED;
+		c->rcpts_deferred += fate == BSMTP_DEFERRED;
 		if (!c->mail_bad && c->rcpts_good == 0)
 			keep_verdict(c, event);
 	}
@@ -1794,8 +1809,11 @@ static void answer_body(struct bsmtp_client *c, struct bsmtp_client_event *event
 {
 	if (c->verdict.code == 0 && (last || event->code / 100 != 2))
 		keep_verdict(c, event);
-	if (!last)
+	if (!last) {
+		if (c->lockstep && event->code / 100 != 2 && c->state == CLIENT_BODY)
+			c->state = CLIENT_SKIP;
 		return;
+	}
 	if (event->code / 100 == 2 && c->due_count == 0 && !c->writing)
 		c->unsure = false;
 	else if (c->lockstep && c->unsure && !(c->offered & BSMTP_KEY_BSMTP))
@@ -1895,32 +1913,8 @@ static void answered(struct bsmtp_client *c)
 	c->due_count--;
 }
 
-/* The last line of a reply, whatever it answers: by counting alone. */
-static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event)
+static void answer_verb(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
-	bool opening;
-
-	if (c->due_count == 0) {
-		fail(c, event, event->code == 421 ? BSMTP_E_STOPPED : BSMTP_E_UNASKED);
-		return;
-	}
-	/* An opening's reply has no enhanced status code (RFC 2034 3): with one,
-	 * the server kept silent about the opening and this answers what follows. */
-	if (c->due[c->due_first] == BSMTP_VERB_BSMTP && c->streamed && event->code / 100 == 2 &&
-	    event->status.len > 0)
-		answered(c);
-	event->verb = (enum bsmtp_verb)c->due[c->due_first];
-	opening = event->verb <= BSMTP_VERB_BSMTP;
-	if (!opening && (event->code == 421 || (event->code == 221 && event->verb != BSMTP_VERB_QUIT))) {
-		fail(c, event, BSMTP_E_STOPPED);
-		return;
-	}
-	if (!opening && (event->code / 100 == 1 || (event->code / 100 == 3) !=
-	    (event->verb == BSMTP_VERB_DATA && event->code / 100 < 4))) {
-		fail(c, event, BSMTP_E_OUT_OF_PLACE);
-		return;
-	}
-	answered(c);
 	switch (event->verb) {
 	case BSMTP_VERB_CONNECT:
 		answer_greeting(c, event);
@@ -1960,11 +1954,56 @@ static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event)
 	}
 }
 
+/* The first reply behind the greeting, the stream having begun without it.  It
+ * answers the opening for sure if it has keywords, or a code that MAIL cannot
+ * get; and MAIL, the server having kept silent about the opening, if it has MAIL's
+ * status, for an opening's reply has none (RFC 2034 3). */
+static void find_opening(struct bsmtp_client *c, const struct bsmtp_client_event *event,
+    unsigned lines)
+{
+	bool mails = event->code / 100 == 2 && lines == 1 && event->status.len > 4 &&
+	    memcmp(event->status.at, "2.1.", 4) == 0;
+
+	c->sure = mails || lines > 1 || event->code == 500 || event->code == 502;
+	if (mails)
+		answered(c);
+}
+
+/* The last line of a reply, whatever it answers: by counting alone. */
+static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event, unsigned lines)
+{
+	bool opening;
+	int code;
+
+	if (c->due_count == 0) {
+		fail(c, event, event->code == 421 ? BSMTP_E_STOPPED : BSMTP_E_UNASKED);
+		return;
+	}
+	if (c->due[c->due_first] == BSMTP_VERB_BSMTP && c->streamed)
+		find_opening(c, event, lines);
+	event->verb = (enum bsmtp_verb)c->due[c->due_first];
+	opening = event->verb <= BSMTP_VERB_BSMTP;
+	if (!opening && (event->code == 421 || (event->code == 221 && event->verb != BSMTP_VERB_QUIT))) {
+		fail(c, event, BSMTP_E_STOPPED);
+		return;
+	}
+	if (!opening && (event->code / 100 == 1 || (event->code / 100 == 3) !=
+	    (event->verb == BSMTP_VERB_DATA && event->code / 100 < 4))) {
+		fail(c, event, BSMTP_E_OUT_OF_PLACE);
+		return;
+	}
+	answered(c);
+	c->all_good = c->all_good && event->code / 100 == 2;
+	c->all_bad = c->all_bad && event->code / 100 > 3;
+	code = event->code;
+	answer_verb(c, event);
+	c->previous = code;
+}
 /* One line of a reply; its event, when it is the last. */
 static void reply_line(struct bsmtp_client *c, const struct bsmtp_reply_line *line, size_t len,
     struct bsmtp_client_event *event)
 {
-	unsigned verb = c->due_count > 0 ? c->due[c->due_first] : BSMTP_VERB_UNKNOWN;
+	unsigned verb = c->due_count > 0 ? c->due[c->due_first] : BSMTP_VERB_UNKNOWN, lines;
 
 	c->reply_len += len;
 	if (c->reply_len > BSMTP_REPLY_MAX) {
@@ -1980,12 +2019,13 @@ static void reply_line(struct bsmtp_client *c, const struct bsmtp_reply_line *li
 		learn(c, line->text);
 	if (line->more)
 		return;
+	lines = c->reply_lines;
 	c->reply_lines = 0;
 	c->reply_len = 0;
 	event->code = line->code;
 	event->status = line->status;
 	event->text = line->text;
-	answer(c, event);
+	answer(c, event, lines);
 }
 
 /* Gathers a line that came in pieces; returns the octets taken. */
@@ -2074,6 +2114,9 @@ void bsmtp_client_closed(struct bsmtp_client *c, struct bsmtp_client_event *even
 
 bool bsmtp_client_unsettled(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
+	/* Recipients that were not written yet, or have no reply, may be taken. */
+	bool more_rcpts = c->state == CLIENT_RCPT;
+
 	memset(event, 0, sizeof *event);
 	c->state = CLIENT_OVER;
 	while (!c->judging) {
@@ -2084,13 +2127,18 @@ bool bsmtp_client_unsettled(struct bsmtp_client *c, struct bsmtp_client_event *e
 		c->due_first = (c->due_first + 1) % c->due_size;
 		c->due_count--;
 	}
-	/* Recipients without a reply may yet have been taken. */
-	if (c->due_count > 0 && c->due[c->due_first] == BSMTP_VERB_RCPT && !c->mail_bad) {
+	more_rcpts = c->due_count > 0 ? c->due[c->due_first] == BSMTP_VERB_RCPT : more_rcpts;
+	if (more_rcpts && !c->mail_bad) {
 		c->rcpts = 0;
 		c->verdict.code = 0;
 	}
 	give_fate(c, event, false);
 	return true;
+}
+
+size_t bsmtp_client_owed(const struct bsmtp_client *c)
+{
+	return c->due_count;
 }
 
 uint64_t bsmtp_client_position(const struct bsmtp_client *c)
@@ -2147,6 +2195,7 @@ static const struct {
 	[BSMTP_ANSWER_STORED] = { "250", "2.0.0 stored" },
 	[BSMTP_ANSWER_NO_SPACE] = { "452", "4.3.1 no space to store it" },
 	[BSMTP_ANSWER_STORE_FAILED] = { "451", "4.3.0 it could not be stored" },
+	[BSMTP_ANSWER_NOT_TAKEN] = { "554", "5.3.0 it was not accepted" },
 	[BSMTP_ANSWER_STOPPING] = { "421", "4.3.2 shutting down" },
 	[BSMTP_ANSWER_TIMEOUT] = { "421", "4.4.2 silent for too long" },
 	[BSMTP_ANSWER_BUSY] = { "421", "4.7.0 too many connections" },
@@ -2771,7 +2820,11 @@ static void act_rcpt(struct bsmtp_server *s, struct call *call)
  * session, can no body be on its way. */
 static void act_data(struct bsmtp_server *s, struct call *call)
 {
-	if (s->chunks) {
+	bool blind = s->hello == BSMTP_VERB_BSMTP;
+	bool refused = call->custom == ANSWER_CUSTOM &&
+	    s->config->faults[call->custom_argument].reply.at[0] != '3';
+
+	if (s->chunks && !blind) {
 		owe(s, ANSWER_NESTED, 0);
 		return;
 	}
@@ -2779,10 +2832,17 @@ static void act_data(struct bsmtp_server *s, struct call *call)
 		owe(s, ANSWER_NO_MAIL, 0);
 		return;
 	}
-	accept_call(s, call, ANSWER_DATA);
-	if (call->custom != 0 && s->config->faults[call->custom_argument].action ==
-	    BSMTP_FAULT_REPLY && s->config->faults[call->custom_argument].reply.at[0] != '3')
+	if (refused && !blind) {
+		accept_call(s, call, ANSWER_DATA);
 		return;
+	}
+	if (refused) {
+		condemn(s, call->custom, call->custom_argument);
+		call->custom = 0;
+	}
+	accept_call(s, call, ANSWER_DATA);
+	if (s->chunks)
+		condemn(s, ANSWER_NESTED, 0);
 	begin_body(s);
 	s->state = SERVER_DATA;
 }
@@ -2891,7 +2951,7 @@ static struct bsmtp_slice fault_argument(const struct call *call)
 }
 
 /* Whether a fault leaves the command to its row: those that refuse do not, but
- * for BDAT, whose chunk follows in any case. */
+ * for DATA and BDAT, whose body may follow in any case. */
 static bool fault_permits(struct bsmtp_server *s, struct call *call, const struct bsmtp_fault *f)
 {
 	call->custom = fault_answer(s, f, &call->custom_argument);
@@ -2901,7 +2961,8 @@ static bool fault_permits(struct bsmtp_server *s, struct call *call, const struc
 		end_with(s, BSMTP_END_ERROR);
 		return false;
 	}
-	if (f->action == BSMTP_FAULT_SILENT || f->reply.at[0] < '4' || call->verb == BSMTP_VERB_BDAT)
+	if (f->action == BSMTP_FAULT_SILENT || f->reply.at[0] < '4' || call->verb == BSMTP_VERB_BDAT ||
+	    call->verb == BSMTP_VERB_DATA)
 		return true;
 	s->mail_tried = s->mail_tried || call->verb == BSMTP_VERB_MAIL;
 	owe(s, call->custom, call->custom_argument);
@@ -2937,6 +2998,20 @@ static void command(struct bsmtp_server *s, struct bsmtp_slice line,
 	}
 }
 
+/* A line that cannot be read.  If it was to announce a body, what follows must not
+ * be taken for commands: nothing more is read. */
+static void bad_line(struct bsmtp_server *s, struct bsmtp_slice line, unsigned answer,
+    struct bsmtp_server_event *event)
+{
+	struct bsmtp_slice word = slice(line.at, min_size(line.len, 4));
+
+	owe(s, answer, 0);
+	if (!same(word, "DATA") && !same(word, "BDAT"))
+		return;
+	abort_transaction(s, event);
+	end_with(s, BSMTP_END_ERROR);
+}
+
 /* A line is whole, its LF included. */
 static void command_line(struct bsmtp_server *s, struct bsmtp_slice line,
     struct bsmtp_server_event *event)
@@ -2946,12 +3021,12 @@ static void command_line(struct bsmtp_server *s, struct bsmtp_slice line,
 	line.len -= crlf ? 2 : 1;
 	tap_line(s->config->tap, s->tap_context, BSMTP_TAP_COMMAND, line, 0);
 	if (!crlf) {
-		owe(s, ANSWER_NEWLINE, 0);
+		bad_line(s, line, ANSWER_NEWLINE, event);
 		return;
 	}
 	for (size_t i = 0; i < line.len; i++)
 		if ((line.at[i] >= 0 && line.at[i] < ' ') || line.at[i] == 127) {
-			owe(s, ANSWER_OCTET, 0);
+			bad_line(s, line, ANSWER_OCTET, event);
 			return;
 		}
 	while (line.len > 0 && line.at[line.len - 1] == ' ')
@@ -2989,14 +3064,15 @@ static size_t in_command(struct bsmtp_server *s, const char *in, size_t len,
 	return n;
 }
 
-static size_t in_long(struct bsmtp_server *s, const char *in, size_t len)
+static size_t in_long(struct bsmtp_server *s, const char *in, size_t len,
+    struct bsmtp_server_event *event)
 {
 	const char *lf = len > 0 ? memchr(in, '\n', len) : NULL;
 
 	if (lf == NULL)
 		return len;
-	owe(s, ANSWER_LONG, 0);
 	s->state = SERVER_COMMAND;
+	bad_line(s, slice(s->line, sizeof s->line), ANSWER_LONG, event);
 	return (size_t)(lf - in) + 1;
 }
 
@@ -3074,7 +3150,7 @@ size_t bsmtp_server_in(struct bsmtp_server *s, const char *in, size_t len,
 			used += in_command(s, at, left, event);
 			break;
 		case SERVER_LONG:
-			used += in_long(s, at, left);
+			used += in_long(s, at, left, event);
 			break;
 		case SERVER_DATA:
 			used += in_data(s, at, left, event);
@@ -3210,7 +3286,7 @@ struct cidr {
 };
 
 enum format { FORMAT_AUTO, FORMAT_MESSAGE, FORMAT_MBOX, FORMAT_MAILDIR, FORMAT_BATCH, FORMATS };
-enum store_kind { STORE_MAILDIR, STORE_EML, STORE_DISCARD };
+enum store_kind { STORE_MAILDIR, STORE_EML, STORE_MBOX, STORE_BATCH, STORE_EXEC, STORE_DISCARD };
 
 static struct options {
 	bool json, trace;
@@ -3274,6 +3350,14 @@ static void list_add(struct list *list, struct bsmtp_slice item)
 		list->items = grow(list->items, list->room * sizeof *list->items);
 	}
 	list->items[list->count++] = copy_slice(item);
+}
+
+static bool list_has(const struct list *list, struct bsmtp_slice item)
+{
+	for (size_t i = 0; i < list->count; i++)
+		if (strlen(list->items[i]) == item.len && memcmp(list->items[i], item.at, item.len) == 0)
+			return true;
+	return false;
 }
 
 static void list_free(struct list *list)
@@ -3367,7 +3451,7 @@ static void name_address(char *out, size_t size, const struct sockaddr *sa, sock
 
 	if (sa->sa_family == AF_UNIX) {
 		const struct sockaddr_un *un = (const struct sockaddr_un *)(const void *)sa;
-		bool named = len > offsetof(struct sockaddr_un, sun_path) && un->sun_path[0] == '/';
+		bool named = len > offsetof(struct sockaddr_un, sun_path) && un->sun_path[0] != '\0';
 		snprintf(out, size, "unix:%s", named ? un->sun_path : "");
 	} else if (getnameinfo(sa, len, host, sizeof host, port, sizeof port,
 	    NI_NUMERICHOST | NI_NUMERICSERV) == 0) {
@@ -3459,13 +3543,14 @@ struct tries {
 
 static void begin_try(struct tries *t, const struct addrinfo *address)
 {
-	int fd = start_connect(address->ai_addr, address->ai_addrlen);
+	int fd;
 
+	t->begun_us[t->count] = now_us();
+	fd = start_connect(address->ai_addr, address->ai_addrlen);
 	if (fd < 0) {
 		t->error = errno;
 		return;
 	}
-	t->begun_us[t->count] = now_us();
 	t->polls[t->count++] = (struct pollfd){ fd, POLLOUT, 0 };
 }
 
@@ -3529,6 +3614,14 @@ static int resolve(const struct address *a, bool passive, struct addrinfo **foun
 	hints.ai_socktype = SOCK_STREAM;
 	hints.ai_flags = passive ? AI_PASSIVE : 0;
 	return getaddrinfo(a->host, a->port, &hints, found);
+}
+
+/* A pipe within this process, to wake a poll(). */
+static bool make_pipe(int ends[2])
+{
+	return pipe(ends) == 0 && fcntl(ends[0], F_SETFD, FD_CLOEXEC) == 0 &&
+	    fcntl(ends[1], F_SETFD, FD_CLOEXEC) == 0 && fcntl(ends[0], F_SETFL, O_NONBLOCK) == 0 &&
+	    fcntl(ends[1], F_SETFL, O_NONBLOCK) == 0;
 }
 
 /* ==== 9 sources ========================================================== */
@@ -4088,6 +4181,7 @@ static void source_done(struct source *s)
 struct header {
 	char sender[BSMTP_MAILBOX_MAX + 1], id[256];
 	bool has_sender, utf8, bad_recipient;
+	bool malformed;                 /* a line of it is no field */
 	struct list to;
 };
 
@@ -4113,12 +4207,12 @@ static void add_addresses(struct header *h, struct bsmtp_slice list)
 	int found;
 
 	while ((found = bsmtp_address_next(&list, address, &len)) == 1) {
-		if (bsmtp_mailbox_valid(slice(address, len), true))
-			list_add(&h->to, slice(address, len));
-		else
+		if (!bsmtp_mailbox_valid(slice(address, len), true)) {
 			found = -1;
-		if (found < 0)
 			break;
+		}
+		if (!list_has(&h->to, slice(address, len)))
+			list_add(&h->to, slice(address, len));
 	}
 	h->bad_recipient = h->bad_recipient || found < 0;
 }
@@ -4135,9 +4229,9 @@ static bool is_recipient_field(const struct bsmtp_field *f, bool resent)
 }
 
 /* Takes the Bcc fields out of the head; every other octet stays. */
-static void drop_bcc(struct source *s)
+static void drop_bcc(struct source *s, size_t at)
 {
-	size_t at = 0, kept = 0;
+	size_t kept = at;
 	struct bsmtp_field f;
 	ptrdiff_t n;
 
@@ -4152,11 +4246,21 @@ static void drop_bcc(struct source *s)
 	s->head_len -= at - kept;
 }
 
+/* Where the fields begin: an mbox's first line may have been left in front. */
+static size_t first_field(const struct source *s)
+{
+	size_t i = s->head_len > 0 && s->head[0] == '>';
+	const char *lf = s->head_len > i ? memchr(s->head, '\n', s->head_len) : NULL;
+
+	return lf != NULL && s->head_len - i > 5 && memcmp(s->head + i, "From ", 5) == 0 ?
+	    (size_t)(lf - s->head) + 1 : 0;
+}
+
 /* Reads the head: Return-Path before Sender before From, recipients, Message-ID. */
 static void read_header(struct source *s, struct header *h)
 {
 	static const char *const senders[] = { "Return-Path", "Sender", "From" };
-	size_t best = COUNT(senders), at = 0;
+	size_t best = COUNT(senders), begin = first_field(s), at = begin;
 	struct bsmtp_field f;
 	bool resent = false;
 	ptrdiff_t n;
@@ -4181,12 +4285,13 @@ static void read_header(struct source *s, struct header *h)
 		at += (size_t)n;
 	}
 	h->utf8 = bsmtp_has_8bit(slice(s->head, at)) && bsmtp_utf8_valid(slice(s->head, at));
-	for (at = 0; options.to_headers && (n = bsmtp_field_parse(&f, s->head + at,
+	h->malformed = at < s->head_len && s->head[at] != '\n' && s->head[at] != '\r';
+	for (at = begin; options.to_headers && (n = bsmtp_field_parse(&f, s->head + at,
 	    s->head_len - at, true)) > 0; at += (size_t)n)
 		if (is_recipient_field(&f, resent))
 			add_addresses(h, f.body);
 	if (options.to_headers)
-		drop_bcc(s);
+		drop_bcc(s, begin);
 }
 
 /* ==== 10 stores ========================================================== */
@@ -4195,13 +4300,19 @@ static void read_header(struct source *s, struct header *h)
  * settles it; at no time do both hold it. */
 struct delivery {
 	struct delivery *next;
-	int fd;
 	int error;              /* errno of the first failure, 0 */
-	char tmp[128], name[160];
+	int verdict;            /* of a command, as sysexits have it */
+	int fd, side;           /* its file; that of its envelope; -1: none */
+	char name[160], tmp[176];
+	char *spool;            /* text that has no file, and how much */
+	size_t spool_len, spool_room;
 	uint64_t octets;
 	char *from;
 	struct list to;
-	bool head_written, utf8;
+	bool begun, utf8;
+	char last;              /* the octet that was put last */
+	struct bsmtp_quoter quoter;
+	struct bsmtp_encoder encoder;
 	/* whose it is */
 	struct session *session;
 	uint64_t ticket;
@@ -4212,21 +4323,27 @@ struct delivery {
 struct store {
 	const struct store_row *row;
 	const char *path;
-	int dir, tmp_dir, new_dir;      /* equal where the store has but one */
+	int dir, tmp_dir, new_dir;      /* equal where the store has but one; -1: none */
 	bool single_syncs;      /* syncfs() has failed once */
 	uint64_t sequence;      /* of names made by this process */
 	uint64_t number;        /* eml: the last one taken */
+	size_t spooled;         /* octets of messages held in memory */
 	char host[64];
 };
 
-/* What tells the stores apart; `publish` runs in the committer, all else in the
- * loop.  NULL: there is nothing to make durable. */
+/* What tells the stores apart.  The loop opens it, and begins, fills and ends
+ * messages; the committer commits them in groups.  One that has no `commit` has
+ * nothing to make durable. */
 struct store_row {
 	const char *name;
-	bool crlf;              /* text is kept as it came */
+	bool spools;            /* text has no file of its own until it must */
 	int (*open)(struct store *st);
-	int (*head)(struct store *st, struct delivery *d);
-	int (*publish)(struct store *st, struct delivery *d);
+	int (*begin)(struct store *st, struct delivery *d);
+	int (*text)(struct store *st, struct delivery *d, struct bsmtp_slice text);
+	int (*end)(struct store *st, struct delivery *d);
+	void (*commit)(struct store *st, struct delivery *group);
+	int (*prepare)(struct store *st, struct delivery *d);   /* before the sync */
+	int (*publish)(struct store *st, struct delivery *d);   /* behind it */
 };
 
 static int write_all(int fd, const char *out, size_t len)
@@ -4250,6 +4367,248 @@ static int open_dir(const char *path, bool make)
 	return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
+/* What is new is durable only with the folder that names it. */
+static int sync_parent(const char *path)
+{
+	const char *slash = strrchr(path, '/');
+	char dir[PATH_MAX];
+	int fd, done;
+
+	snprintf(dir, sizeof dir, "%.*s", slash != NULL ? (int)(slash - path + 1) : 1,
+	    slash != NULL ? path : ".");
+	fd = open_dir(dir, false);
+	done = fd < 0 ? -1 : fsync(fd);
+	if (fd >= 0)
+		close(fd);
+	return done;
+}
+
+/* ---- text: to a file of its own, or to memory until that is too much ---- */
+
+enum { SPOOL_MAX = 64 << 10, SPOOLED_MAX = 8 << 20 };
+
+/* Moves the text from memory to a file without a name, gone with its descriptor. */
+static int spill(struct store *st, struct delivery *d)
+{
+	const char *dir = getenv("TMPDIR");
+	char path[PATH_MAX];
+
+	if (d->fd >= 0)
+		return 0;
+	snprintf(path, sizeof path, "%s/bsmtp-%s", dir != NULL ? dir : "/tmp", d->name);
+	d->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	if (d->fd < 0 || unlink(path) != 0 || write_all(d->fd, d->spool, d->spool_len) != 0)
+		return -1;
+	st->spooled -= d->spool_room;
+	free(d->spool);
+	d->spool = NULL;
+	d->spool_len = d->spool_room = 0;
+	return 0;
+}
+
+static int put_in_spool(struct store *st, struct delivery *d, struct bsmtp_slice text)
+{
+	size_t need = d->spool_len + text.len, room = d->spool_room;
+
+	if (d->fd < 0 && need > room && need <= SPOOL_MAX) {
+		room = room * 2 > need ? room * 2 : need + 1024;
+		d->spool = grow(d->spool, room);
+		st->spooled += room - d->spool_room;
+		d->spool_room = room;
+	}
+	if (d->fd < 0 && need <= room && st->spooled <= SPOOLED_MAX) {
+		memcpy(d->spool + d->spool_len, text.at, text.len);
+		d->spool_len = need;
+		return 0;
+	}
+	return spill(st, d) != 0 ? -1 : write_all(d->fd, text.at, text.len);
+}
+
+static int put_text(struct store *st, struct delivery *d, struct bsmtp_slice text)
+{
+	if (text.len == 0)
+		return 0;
+	d->last = text.at[text.len - 1];
+	return st->row->spools ? put_in_spool(st, d, text) : write_all(d->fd, text.at, text.len);
+}
+
+/* CRLF to LF, through one buffer; the text holds no other CR (or was refused). */
+static int put_lines(struct store *st, struct delivery *d, struct bsmtp_slice text,
+    int (*put_out)(struct store *, struct delivery *, struct bsmtp_slice))
+{
+	static char copy[COPY_SIZE];
+	size_t n = 0;
+
+	while (text.len > 0) {
+		const char *cr = memchr(text.at, '\r', text.len);
+		size_t run = min_size(cr != NULL ? (size_t)(cr - text.at) : text.len, sizeof copy - n);
+		memcpy(copy + n, text.at, run);
+		n += run;
+		run += text.at + run == cr;
+		text = slice(text.at + run, text.len - run);
+		if (n == sizeof copy || text.len == 0) {
+			if (put_out(st, d, slice(copy, n)) != 0)
+				return -1;
+			n = 0;
+		}
+	}
+	return 0;
+}
+
+static int put_quoted(struct store *st, struct delivery *d, struct bsmtp_slice text)
+{
+	while (text.len > 0) {
+		struct bsmtp_slice out;
+		size_t used = bsmtp_quote(&d->quoter, text.at, text.len, &out);
+		if (put_text(st, d, out) != 0)
+			return -1;
+		text = slice(text.at + used, text.len - used);
+	}
+	return 0;
+}
+
+static int text_as_lines(struct store *st, struct delivery *d, struct bsmtp_slice text)
+{
+	return put_lines(st, d, text, put_text);
+}
+
+static int text_in_mbox_file(struct store *st, struct delivery *d, struct bsmtp_slice text)
+{
+	return put_lines(st, d, text, put_quoted);
+}
+
+static int text_in_batch_file(struct store *st, struct delivery *d, struct bsmtp_slice text)
+{
+	static char copy[COPY_SIZE];
+
+	while (text.len > 0) {
+		size_t made, used = bsmtp_encode(&d->encoder, copy, sizeof copy, &made, text.at, text.len);
+		if (put_text(st, d, slice(copy, made)) != 0)
+			return -1;
+		text = slice(text.at + used, text.len - used);
+	}
+	return 0;
+}
+
+/* ---- what stands before the text and behind it ---- */
+
+static const char *const day_names[] = { "Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat" };
+static const char *const month_names[] = { "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug",
+	"Sep", "Oct", "Nov", "Dec" };
+
+typedef void print_fn(FILE *f, const struct store *st, const struct delivery *d, const struct tm *now);
+
+/* Text made with stdio, to be freed: headers, an envelope.  NULL with errno. */
+static char *printed(print_fn *print, const struct store *st, const struct delivery *d, size_t *len)
+{
+	time_t seconds = time(NULL);
+	struct tm now;
+	char *text = NULL;
+	FILE *f = open_memstream(&text, len);
+
+	gmtime_r(&seconds, &now);
+	if (f == NULL)
+		return NULL;
+	print(f, st, d, &now);
+	if (fclose(f) == 0)
+		return text;
+	free(text);
+	return NULL;
+}
+
+static int put_head(struct store *st, struct delivery *d, print_fn *print)
+{
+	size_t len;
+	char *text = printed(print, st, d, &len);
+	int done = text == NULL ? -1 : put_text(st, d, slice(text, len));
+
+	free(text);
+	return done;
+}
+
+/* RFC 5321 4.4: the trace header, its date as in RFC 5322 3.3. */
+static void print_received(FILE *f, const struct store *st, const struct delivery *d,
+    const struct tm *now)
+{
+	fprintf(f, "Received: from %s (%s)\n\tby %s with %s id %s;\n\t"
+	    "%s, %d %s %d %02d:%02d:%02d +0000\n", d->helo, d->peer, st->host, d->protocol, d->name,
+	    day_names[now->tm_wday], now->tm_mday, month_names[now->tm_mon], now->tm_year + 1900,
+	    now->tm_hour, now->tm_min, now->tm_sec);
+}
+
+static void print_maildir_head(FILE *f, const struct store *st, const struct delivery *d,
+    const struct tm *now)
+{
+	fprintf(f, "Return-Path: <%s>\n", d->from);
+	for (size_t i = 0; i < d->to.count; i++)
+		fprintf(f, "Delivered-To: %s\n", d->to.items[i]);
+	print_received(f, st, d, now);
+}
+
+static void print_mbox_head(FILE *f, const struct store *st, const struct delivery *d,
+    const struct tm *now)
+{
+	fprintf(f, "From %s %s %s %2d %02d:%02d:%02d %d\n", *d->from != '\0' ? d->from :
+	    "MAILER-DAEMON", day_names[now->tm_wday], month_names[now->tm_mon], now->tm_mday,
+	    now->tm_hour, now->tm_min, now->tm_sec, now->tm_year + 1900);
+	print_maildir_head(f, st, d, now);
+}
+
+/* The commands of a batch that stand before a message. */
+static void print_transaction(FILE *f, const char *from, const char *parameters,
+    const struct list *to, const struct list *to_parameters)
+{
+	fprintf(f, "MAIL FROM:<%s>%s\r\n", from, parameters);
+	for (size_t i = 0; i < to->count; i++)
+		fprintf(f, "RCPT TO:<%s>%s\r\n", to->items[i],
+		    to_parameters != NULL ? to_parameters->items[i] : "");
+	fputs("DATA\r\n", f);
+}
+
+static void print_batch_head(FILE *f, const struct store *st, const struct delivery *d,
+    const struct tm *now)
+{
+	(void)st;
+	(void)now;
+	print_transaction(f, d->from, d->utf8 ? " BODY=8BITMIME SMTPUTF8" : " BODY=8BITMIME", &d->to,
+	    NULL);
+}
+
+static int begin_in_mbox_file(struct store *st, struct delivery *d)
+{
+	return put_head(st, d, print_mbox_head);
+}
+
+static int begin_in_batch_file(struct store *st, struct delivery *d)
+{
+	d->encoder.dots = true;
+	return put_head(st, d, print_batch_head);
+}
+
+static int begin_for_command(struct store *st, struct delivery *d)
+{
+	return put_head(st, d, print_received);
+}
+
+/* The blank line that a From_ line needs before it. */
+static int end_in_mbox_file(struct store *st, struct delivery *d)
+{
+	struct bsmtp_slice rest;
+
+	bsmtp_quote_end(&d->quoter, &rest);
+	return put_text(st, d, rest) != 0 ? -1 : put_text(st, d, slice_of(d->last == '\n' ? "\n" : "\n\n"));
+}
+
+static int end_in_batch_file(struct store *st, struct delivery *d)
+{
+	char rest[8];
+	size_t n = bsmtp_encode_end(&d->encoder, rest);
+
+	return put_text(st, d, slice(rest, n)) != 0 ? -1 : put_text(st, d, slice_of(".\r\n"));
+}
+
+/* ---- files: Maildir and eml ---- */
+
 static int open_maildir_store(struct store *st)
 {
 	static const char *const subs[] = { "cur", "new", "tmp" };
@@ -4268,7 +4627,7 @@ static int open_maildir_store(struct store *st)
 	close(fds[0]);
 	st->new_dir = fds[1];
 	st->tmp_dir = fds[2];
-	return fsync(st->dir);
+	return fsync(st->dir) != 0 ? -1 : sync_parent(st->path);
 }
 
 /* The highest number in use, so that a second run goes on behind the first. */
@@ -4287,73 +4646,33 @@ static int open_eml_store(struct store *st)
 			st->number = n;
 	}
 	closedir(dir);
-	return 0;
+	return sync_parent(st->path);
 }
 
-static int open_discard_store(struct store *st)
+static int begin_file(struct store *st, struct delivery *d)
 {
-	st->dir = st->new_dir = st->tmp_dir = -1;
-	return 0;
+	snprintf(d->tmp, sizeof d->tmp, "%s%s", st->tmp_dir == st->dir ? ".tmp-" : "", d->name);
+	d->fd = openat(st->tmp_dir, d->tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+	return d->fd < 0 ? -1 : 0;
 }
 
-/* RFC 5322 3.3, in UTC. */
-static void put_date(char *out, size_t size)
+static int begin_in_maildir(struct store *st, struct delivery *d)
 {
-	static const char *const days[] = { "Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat" };
-	static const char *const months[] = { "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul",
-		"Aug", "Sep", "Oct", "Nov", "Dec" };
-	time_t now = time(NULL);
-	struct tm t;
-
-	gmtime_r(&now, &t);
-	snprintf(out, size, "%s, %d %s %d %02d:%02d:%02d +0000", days[t.tm_wday], t.tm_mday,
-	    months[t.tm_mon], t.tm_year + 1900, t.tm_hour, t.tm_min, t.tm_sec);
+	return begin_file(st, d) != 0 ? -1 : put_head(st, d, print_maildir_head);
 }
 
-/* RFC 5321 4.4: the trace header. */
-static int maildir_head(struct store *st, struct delivery *d)
-{
-	FILE *f;
-	char *text = NULL, date[64];
-	size_t len = 0;
-	int done;
-
-	f = open_memstream(&text, &len);
-	if (f == NULL)
-		return -1;
-	put_date(date, sizeof date);
-	fprintf(f, "Return-Path: <%s>\n", d->from);
-	for (size_t i = 0; i < d->to.count; i++)
-		fprintf(f, "Delivered-To: %s\n", d->to.items[i]);
-	fprintf(f, "Received: from %s (%s)\n\tby %s with %s id %s;\n\t%s\n", d->helo, d->peer,
-	    st->host, d->protocol, d->name, date);
-	done = fclose(f) == 0 ? write_all(d->fd, text, len) : -1;
-	free(text);
-	return done;
-}
-
-static int no_head(struct store *st, struct delivery *d)
-{
-	(void)st;
-	(void)d;
-	return 0;
-}
-
-static int publish_maildir(struct store *st, struct delivery *d)
+static int publish_in_maildir(struct store *st, struct delivery *d)
 {
 	return renameat(st->tmp_dir, d->tmp, st->new_dir, d->name);
 }
 
 static void json_string(FILE *f, struct bsmtp_slice s);
 
-/* The envelope beside the message; there before it, and as durable. */
-static int write_envelope(struct store *st, struct delivery *d, const char *name)
+static void print_envelope(FILE *f, const struct store *st, const struct delivery *d,
+    const struct tm *now)
 {
-	int fd = openat(st->dir, name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), bad;
-	FILE *f = fd >= 0 ? fdopen(fd, "w") : NULL;
-
-	if (f == NULL)
-		return -1;
+	(void)st;
+	(void)now;
 	fputs("{\"from\":", f);
 	json_string(f, slice_of(d->from));
 	fputs(",\"to\":[", f);
@@ -4367,43 +4686,501 @@ static int write_envelope(struct store *st, struct delivery *d, const char *name
 	json_string(f, slice_of(d->helo));
 	fprintf(f, ",\"protocol\":\"%s\",\"octets\":%llu}\n", d->protocol,
 	    (unsigned long long)d->octets);
-	bad = fflush(f) != 0 || fsync(fd) != 0;
-	return fclose(f) != 0 || bad ? -1 : 0;
 }
 
-/* Several listeners may share the folder: link() takes a number or fails. */
+/* The envelope beside the message, there before it and synced with it.  Several
+ * listeners may share the folder: each number is had by who makes its file. */
+static int prepare_eml(struct store *st, struct delivery *d)
+{
+	size_t len;
+	char *text;
+	int done;
+
+	do {
+		snprintf(d->name, sizeof d->name, "%06llu.json", (unsigned long long)++st->number);
+		d->side = openat(st->dir, d->name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+	} while (d->side < 0 && errno == EEXIST);
+	if (d->side < 0)
+		return -1;
+	snprintf(d->name, sizeof d->name, "%06llu.eml", (unsigned long long)st->number);
+	text = printed(print_envelope, st, d, &len);
+	done = text == NULL ? -1 : write_all(d->side, text, len);
+	free(text);
+	return done;
+}
+
+static void forget_envelope(struct store *st, const struct delivery *d)
+{
+	char name[sizeof d->name + 4];
+
+	snprintf(name, sizeof name, "%.*sjson", (int)(strlen(d->name) - 3), d->name);
+	(void)unlinkat(st->dir, name, 0);
+}
+
 static int publish_eml(struct store *st, struct delivery *d)
 {
-	char name[64];
-
-	for (;;) {
-		snprintf(name, sizeof name, "%06llu.json", (unsigned long long)++st->number);
-		if (write_envelope(st, d, name) == 0)
-			break;
-		if (errno != EEXIST) {
-			(void)unlinkat(st->dir, name, 0);
-			return -1;
-		}
-	}
-	snprintf(d->name, sizeof d->name, "%06llu.eml", (unsigned long long)st->number);
-	if (linkat(st->dir, d->tmp, st->dir, d->name, 0) != 0) {
-		int saved = errno;
-		(void)unlinkat(st->dir, name, 0);
-		errno = saved;
+	if (linkat(st->dir, d->tmp, st->dir, d->name, 0) != 0)
 		return -1;
-	}
-	return unlinkat(st->dir, d->tmp, 0);
+	(void)unlinkat(st->dir, d->tmp, 0);     /* else it has two names */
+	return 0;
 }
 
+/* The data of a whole group with one call, where the system has it.  A failure
+ * may have been that of a file whose turn comes later, and is told but once: from
+ * then on each file is asked for its own. */
+static bool sync_at_once(struct store *st)
+{
+#ifdef __linux__
+	if (!st->single_syncs)
+		st->single_syncs = syncfs(st->tmp_dir) != 0;
+	return !st->single_syncs;
+#else
+	(void)st;
+	return false;
+#endif
+}
+
+static void close_files(struct delivery *d)
+{
+	if (d->fd >= 0 && close(d->fd) != 0 && d->error == 0)
+		d->error = errno;
+	if (d->side >= 0 && close(d->side) != 0 && d->error == 0)
+		d->error = errno;
+	d->fd = d->side = -1;
+}
+
+static void commit_file(struct store *st, struct delivery *d, bool synced)
+{
+	bool side = d->side >= 0;
+
+	if (d->error == 0 && !synced && (fsync(d->fd) != 0 || (side && fsync(d->side) != 0)))
+		d->error = errno;
+	close_files(d);
+	if (d->error == 0 && st->row->publish(st, d) != 0)
+		d->error = errno;
+	if (d->error == 0)
+		return;
+	(void)unlinkat(st->tmp_dir, d->tmp, 0);
+	if (side)
+		forget_envelope(st, d);
+}
+
+static void commit_files(struct store *st, struct delivery *group)
+{
+	enum { FEW = 3 };       /* up to so many, single syncs are the faster way */
+	size_t count = 0;
+	bool synced;
+
+	for (struct delivery *d = group; d != NULL; d = d->next, count++)
+		if (st->row->prepare != NULL && st->row->prepare(st, d) != 0)
+			d->error = errno;
+	synced = count > FEW && sync_at_once(st);
+	for (struct delivery *d = group; d != NULL; d = d->next)
+		commit_file(st, d, synced);
+	if (fsync(st->new_dir) == 0)
+		return;
+	for (struct delivery *d = group; d != NULL; d = d->next) {
+		if (d->error != 0)
+			continue;
+		d->error = errno;               /* it will be sent again */
+		(void)unlinkat(st->new_dir, d->name, 0);
+	}
+}
+
+/* ---- one file that is appended to: mbox and batch ---- */
+
+/* Beside FILE stands FILE.tail: where the group that is being appended begins and
+ * ends, and its first octets.  It is on the disk before the group is.  Whoever has
+ * the lock next and finds less of that group than was meant cuts it off; nobody
+ * else's octets are ever cut. */
+enum { TAIL_SIZE = 128, TAIL_HEAD = 64, LOCK_MS = 10000 };
+
+struct append {
+	int fd, tail;
+	off_t size;
+};
+
+/* Whole, or not at all: no lock is waited for without end. */
+static int append_lock(int fd)
+{
+	struct flock lock;
+	struct timespec pause = { 0, 10000000 };
+	int tries = LOCK_MS / 10;
+
+	memset(&lock, 0, sizeof lock);
+	lock.l_type = F_WRLCK;
+	lock.l_whence = SEEK_SET;
+	while (fcntl(fd, F_SETLK, &lock) != 0) {
+		if ((errno != EACCES && errno != EAGAIN && errno != EINTR) || tries-- == 0)
+			return -1;
+		nanosleep(&pause, NULL);
+	}
+	return 0;
+}
+
+static int put_at(int fd, const char *out, size_t len, off_t *at)
+{
+	while (len > 0) {
+		ssize_t n = pwrite(fd, out, len, *at);
+		if (n < 0 && errno != EINTR)
+			return -1;
+		if (n > 0) {
+			out += n;
+			len -= (size_t)n;
+			*at += n;
+		}
+	}
+	return 0;
+}
+
+/* Notes what is to be appended; a group of no octets: nothing is. */
+static int append_note(struct append *a, uint64_t len, const char *head, size_t head_len)
+{
+	char note[TAIL_SIZE];
+	off_t at = 0;
+
+	memset(note, ' ', sizeof note);
+	snprintf(note, TAIL_SIZE - TAIL_HEAD, "%020llu %020llu %2llu\n", (unsigned long long)a->size,
+	    (unsigned long long)a->size + len, (unsigned long long)head_len);
+	if (head_len > 0)
+		memcpy(note + TAIL_SIZE - TAIL_HEAD, head, head_len);
+	return put_at(a->tail, note, sizeof note, &at);
+}
+
+/* Cuts off what a killed listener left of its last group. */
+static int append_mend(struct store *st, struct append *a)
+{
+	char note[TAIL_SIZE], there[TAIL_HEAD];
+	unsigned long long begin, end, head;
+	size_t len;
+
+	if (pread(a->tail, note, sizeof note, 0) != (ssize_t)sizeof note)
+		return 0;
+	note[TAIL_SIZE - TAIL_HEAD - 1] = '\0';
+	if (sscanf(note, "%llu %llu %llu", &begin, &end, &head) != 3 || head > TAIL_HEAD ||
+	    begin >= (unsigned long long)a->size || (unsigned long long)a->size >= end)
+		return 0;
+	len = min_size((size_t)head, (size_t)((unsigned long long)a->size - begin));
+	if (pread(a->fd, there, len, (off_t)begin) != (ssize_t)len ||
+	    memcmp(there, note + TAIL_SIZE - TAIL_HEAD, len) != 0)
+		return 0;
+	diag("%s: cut off %llu octets of a message that was never whole", st->path,
+	    (unsigned long long)a->size - begin);
+	a->size = (off_t)begin;
+	return ftruncate(a->fd, a->size) != 0 ? -1 : fsync(a->fd);
+}
+
+/* Opens the file under its lock.  It may have been put aside meanwhile. */
+static int append_open(struct store *st, struct append *a)
+{
+	char tail[PATH_MAX];
+	struct stat here, there;
+
+	snprintf(tail, sizeof tail, "%s.tail", st->path);
+	a->tail = -1;
+	for (;;) {
+		a->fd = open(st->path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+		if (a->fd < 0 || append_lock(a->fd) != 0 || fstat(a->fd, &here) != 0)
+			return -1;
+		if (stat(st->path, &there) == 0 && here.st_dev == there.st_dev &&
+		    here.st_ino == there.st_ino)
+			break;
+		close(a->fd);
+	}
+	a->size = here.st_size;
+	a->tail = open(tail, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	return a->tail < 0 ? -1 : append_mend(st, a);
+}
+
+static void append_close(struct append *a)
+{
+	int saved = errno;
+
+	if (a->tail >= 0)
+		close(a->tail);
+	if (a->fd >= 0)
+		close(a->fd);           /* and with it goes the lock */
+	errno = saved;
+}
+
+/* At the start a file is mended, and one that cannot be written is known. */
+static int open_append_store(struct store *st)
+{
+	struct append a;
+	int done = append_open(st, &a);
+
+	append_close(&a);
+	return done;
+}
+
+/* What must stand between the file's end and the first message. */
+static const char *append_lead(const struct store *st, const struct append *a, char *lead, size_t size)
+{
+	char last[2] = { '\n', '\n' };
+	size_t n = a->size > 1 ? 2 : (size_t)a->size;
+
+	lead[0] = '\0';
+	(void)!pread(a->fd, last + 2 - n, n, a->size - (off_t)n);
+	if (st->row->begin == begin_in_mbox_file)
+		snprintf(lead, size, "%s", last[1] != '\n' ? "\n\n" : last[0] != '\n' ? "\n" : "");
+	else if (a->size == 0)
+		snprintf(lead, size, "EHLO %s\r\n", st->host);
+	return lead;
+}
+
+static uint64_t spool_size(const struct delivery *d)
+{
+	struct stat s;
+
+	return d->fd >= 0 && fstat(d->fd, &s) == 0 ? (uint64_t)s.st_size : d->spool_len;
+}
+
+static int append_one(struct append *a, const struct delivery *d, off_t *at)
+{
+	char copy[16 << 10];
+	off_t from = 0;
+	ssize_t n;
+
+	if (d->fd < 0)
+		return put_at(a->fd, d->spool, d->spool_len, at);
+	while ((n = pread(d->fd, copy, sizeof copy, from)) > 0) {
+		if (put_at(a->fd, copy, (size_t)n, at) != 0)
+			return -1;
+		from += n;
+	}
+	return n < 0 ? -1 : 0;
+}
+
+/* Notes the group, appends it, and syncs both.  Where the disk is full the
+ * messages before that stay. */
+static int append_group(struct store *st, struct append *a, struct delivery *group)
+{
+	char lead[300], head[TAIL_HEAD];
+	size_t lead_len = strlen(append_lead(st, a, lead, sizeof lead)), n;
+	uint64_t total = lead_len;
+	off_t at = a->size, good;
+	bool all = true;
+
+	for (const struct delivery *d = group; d != NULL; d = d->next)
+		total += spool_size(d);
+	n = min_size(lead_len, sizeof head);
+	memcpy(head, lead, n);
+	if (group->fd < 0) {
+		size_t more = min_size(sizeof head - n, group->spool_len);
+		memcpy(head + n, group->spool, more);
+		n += more;
+	}
+	if (append_note(a, total, head, n) != 0 || fdatasync(a->tail) != 0 ||
+	    put_at(a->fd, lead, lead_len, &at) != 0)
+		return -1;
+	good = at;
+	for (struct delivery *d = group; d != NULL; d = d->next) {
+		if (all && append_one(a, d, &at) != 0)
+			all = false;
+		if (!all)
+			d->error = errno;
+		else
+			good = at;
+	}
+	if (!all && ftruncate(a->fd, good) != 0)
+		return -1;
+	if (fsync(a->fd) != 0)
+		return -1;
+	a->size = good;
+	return append_note(a, 0, "", 0) != 0 || (!all && fdatasync(a->tail) != 0) ? -1 : 0;
+}
+
+static void commit_appended(struct store *st, struct delivery *group)
+{
+	struct append a;
+	int done = append_open(st, &a);
+	off_t before = a.size;
+
+	if (done == 0) {
+		done = append_group(st, &a, group);
+		if (done == 0 && before == 0)
+			done = sync_parent(st->path);
+		if (done != 0) {
+			int saved = errno;
+			(void)!ftruncate(a.fd, before);
+			errno = saved;
+		}
+	}
+	append_close(&a);
+	for (struct delivery *d = group; d != NULL; d = d->next) {
+		d->error = d->error != 0 ? d->error : done != 0 ? errno : 0;
+		close_files(d);
+	}
+}
+
+/* ---- a command for each message ---- */
+
+enum { COMMANDS_MAX = 8 };
+
+struct command {
+	pid_t pid;
+	struct delivery *delivery;
+	int64_t until_us;
+};
+
+/* The text goes to its file here, in the loop, where memory is accounted for. */
+static int end_for_command(struct store *st, struct delivery *d)
+{
+	return spill(st, d) != 0 || lseek(d->fd, 0, SEEK_SET) != 0 ? -1 : 0;
+}
+
+static int open_no_store(struct store *st)
+{
+	(void)st;
+	return 0;
+}
+
+static char *variable(const char *name, const char *value)
+{
+	size_t len = strlen(name) + strlen(value) + 2;
+	char *text = grow(NULL, len);
+
+	snprintf(text, len, "%s=%s", name, value);
+	return text;
+}
+
+/* The environment of the command: ours, and who the message is from and to. */
+static char **command_environment(const struct delivery *d)
+{
+	extern char **environ;
+	size_t n = 0, len = 1;
+	char **all, *to, *end;
+
+	while (environ[n] != NULL)
+		n++;
+	for (size_t i = 0; i < d->to.count; i++)
+		len += strlen(d->to.items[i]) + 1;
+	end = to = grow(NULL, len);
+	for (size_t i = 0; i < d->to.count; i++)
+		end += snprintf(end, len - (size_t)(end - to), "%s%s", i > 0 ? "\n" : "", d->to.items[i]);
+	*end = '\0';
+	all = grow(NULL, (n + 5) * sizeof *all);
+	all[0] = variable("BSMTP_SENDER", d->from);
+	all[1] = variable("BSMTP_RECIPIENTS", to);
+	all[2] = variable("BSMTP_PEER", d->peer);
+	all[3] = variable("BSMTP_ID", d->name);
+	memcpy(all + 4, environ, (n + 1) * sizeof *all);
+	free(to);
+	return all;
+}
+
+/* sh -c CMD, its standard input the message, its output our standard error; in a
+ * process group of its own, so that all of it can be ended. */
+static int spawn(pid_t *pid, const char *cmd, const struct delivery *d, char **environment)
+{
+	char **arguments = grow(NULL, (d->to.count + 5) * sizeof *arguments);
+	static char sh[] = "sh", c[] = "-c";
+	posix_spawn_file_actions_t files;
+	posix_spawnattr_t how;
+	sigset_t none, defaults;
+	char *text = copy_slice(slice_of(cmd));
+	int error;
+
+	arguments[0] = arguments[3] = sh;
+	arguments[1] = c;
+	arguments[2] = text;
+	for (size_t i = 0; i < d->to.count; i++)
+		arguments[4 + i] = d->to.items[i];
+	arguments[4 + d->to.count] = NULL;
+	sigemptyset(&none);
+	sigemptyset(&defaults);
+	sigaddset(&defaults, SIGPIPE);
+	posix_spawn_file_actions_init(&files);
+	posix_spawn_file_actions_adddup2(&files, d->fd, STDIN_FILENO);
+	posix_spawn_file_actions_adddup2(&files, STDERR_FILENO, STDOUT_FILENO);
+	posix_spawnattr_init(&how);
+	posix_spawnattr_setsigmask(&how, &none);
+	posix_spawnattr_setsigdefault(&how, &defaults);
+	posix_spawnattr_setpgroup(&how, 0);
+	posix_spawnattr_setflags(&how, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGMASK |
+	    POSIX_SPAWN_SETSIGDEF);
+	error = posix_spawn(pid, "/bin/sh", &files, &how, arguments, environment);
+	posix_spawnattr_destroy(&how);
+	posix_spawn_file_actions_destroy(&files);
+	free(text);
+	free(arguments);
+	return error;
+}
+
+static bool start_command(struct store *st, struct delivery *d, struct command *c)
+{
+	char **environment;
+
+	if (d->error != 0)
+		return false;
+	environment = command_environment(d);
+	c->delivery = d;
+	c->until_us = now_us() + (int64_t)options.timeout_ms * 1000;
+	d->error = spawn(&c->pid, st->path, d, environment);
+	for (int i = 0; i < 4; i++)
+		free(environment[i]);
+	free(environment);
+	return d->error == 0;
+}
+
+/* Whether it has ended, and how.  What is no verdict of the command's own must
+ * not lose the message: not found, not to be run, killed, too slow. */
+static bool command_ended(struct command *c)
+{
+	struct delivery *d = c->delivery;
+	int how = 0;
+
+	if (now_us() > c->until_us) {
+		(void)kill(-c->pid, SIGKILL);
+		(void)waitpid(c->pid, &how, 0);
+		d->error = ETIMEDOUT;
+		return true;
+	}
+	if (waitpid(c->pid, &how, WNOHANG) == 0)
+		return false;
+	d->verdict = WIFEXITED(how) && WEXITSTATUS(how) < 126 ? WEXITSTATUS(how) : EX_TEMPFAIL;
+	return true;
+}
+
+static void commit_by_command(struct store *st, struct delivery *group)
+{
+	struct command running[COMMANDS_MAX];
+	struct timespec pause = { 0, 2000000 };
+	struct delivery *next = group;
+	size_t count = 0;
+
+	while (next != NULL || count > 0) {
+		size_t before = count;
+		for (; next != NULL && count < COMMANDS_MAX; next = next->next)
+			count += start_command(st, next, &running[count]);
+		for (size_t i = 0; i < count; i++)
+			if (command_ended(&running[i]))
+				running[i--] = running[--count];
+		if (count > 0 && count >= before)
+			nanosleep(&pause, NULL);
+	}
+	for (struct delivery *d = group; d != NULL; d = d->next)
+		close_files(d);
+}
+
+/* ---- the table ---- */
+
 static const struct store_row store_rows[] = {
-	[STORE_MAILDIR] = { "maildir", false, open_maildir_store, maildir_head, publish_maildir },
-	[STORE_EML] = { "eml", true, open_eml_store, no_head, publish_eml },
-	[STORE_DISCARD] = { "discard", true, open_discard_store, no_head, NULL },
+	[STORE_MAILDIR] = { "maildir", false, open_maildir_store, begin_in_maildir, text_as_lines,
+		NULL, commit_files, NULL, publish_in_maildir },
+	[STORE_EML] = { "eml", false, open_eml_store, begin_file, put_text, NULL, commit_files,
+		prepare_eml, publish_eml },
+	[STORE_MBOX] = { "mbox", true, open_append_store, begin_in_mbox_file, text_in_mbox_file,
+		end_in_mbox_file, commit_appended, NULL, NULL },
+	[STORE_BATCH] = { "batch", true, open_append_store, begin_in_batch_file,
+		text_in_batch_file, end_in_batch_file, commit_appended, NULL, NULL },
+	[STORE_EXEC] = { "exec", true, open_no_store, begin_for_command, text_as_lines,
+		end_for_command, commit_by_command, NULL, NULL },
+	[STORE_DISCARD] = { "discard", false, open_no_store, NULL, NULL, NULL, NULL, NULL, NULL },
 };
 
 static int store_open(struct store *st, enum store_kind kind, const char *path)
 {
-	memset(st, 0, sizeof *st);
 	st->row = &store_rows[kind];
 	st->path = path;
 	if (gethostname(st->host, sizeof st->host - 1) != 0)
@@ -4414,12 +5191,23 @@ static int store_open(struct store *st, enum store_kind kind, const char *path)
 	return st->row->open(st);
 }
 
-static void delivery_free(struct delivery *d)
+static void store_close(struct store *st)
+{
+	int fds[] = { st->dir, st->tmp_dir != st->dir ? st->tmp_dir : -1,
+		st->new_dir != st->dir ? st->new_dir : -1 };
+
+	for (size_t i = 0; i < COUNT(fds); i++)
+		if (fds[i] >= 0)
+			close(fds[i]);
+}
+
+static void delivery_free(struct store *st, struct delivery *d)
 {
 	if (d == NULL)
 		return;
-	if (d->fd >= 0)
-		close(d->fd);
+	close_files(d);
+	st->spooled -= d->spool_room;
+	free(d->spool);
 	free(d->from);
 	free(d->peer);
 	free(d->helo);
@@ -4432,65 +5220,42 @@ static void delivery_begin(struct store *st, struct delivery *d)
 {
 	struct timeval t;
 
-	if (st->row->publish == NULL)
+	d->begun = true;
+	if (st->row->begin == NULL)
 		return;
 	gettimeofday(&t, NULL);
 	snprintf(d->name, sizeof d->name, "%lld.M%06ldP%ldQ%llu.%s", (long long)t.tv_sec,
 	    (long)t.tv_usec, (long)getpid(), (unsigned long long)++st->sequence, st->host);
-	snprintf(d->tmp, sizeof d->tmp, "%s%.120s", st->row->crlf ? ".tmp-" : "", d->name);
-	d->fd = openat(st->tmp_dir, d->tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-	if (d->fd < 0 || st->row->head(st, d) != 0)
+	if (st->row->begin(st, d) != 0)
 		d->error = errno;
-}
-
-/* CRLF to LF, through one buffer; the text holds no other CR (or was refused). */
-static int write_lf(int fd, struct bsmtp_slice text)
-{
-	static char copy[COPY_SIZE];
-	size_t n = 0;
-
-	while (text.len > 0) {
-		const char *lf = memchr(text.at, '\n', text.len);
-		size_t run = lf != NULL ? (size_t)(lf - text.at) + 1 : text.len, keep;
-		run = min_size(run, sizeof copy - n);
-		memcpy(copy + n, text.at, run);
-		keep = run;
-		if (copy[n + run - 1] == '\n' && run > 1 && copy[n + run - 2] == '\r') {
-			copy[n + run - 2] = '\n';
-			keep--;
-		}
-		/* A CR at the end of what there is may be followed by its LF. */
-		if (copy[n + run - 1] == '\r')
-			keep--;
-		n += keep;
-		text = slice(text.at + run, text.len - run);
-		if (n + 2 > sizeof copy || text.len == 0) {
-			if (write_all(fd, copy, n) != 0)
-				return -1;
-			n = 0;
-		}
-	}
-	return 0;
 }
 
 static void delivery_text(struct store *st, struct delivery *d, struct bsmtp_slice text)
 {
-	if (!d->head_written) {
-		d->head_written = true;
+	if (!d->begun)
 		delivery_begin(st, d);
-	}
 	d->octets += text.len;
-	if (st->row->publish == NULL || d->error != 0)
-		return;
-	if ((st->row->crlf ? write_all(d->fd, text.at, text.len) : write_lf(d->fd, text)) != 0)
+	if (st->row->text != NULL && d->error == 0 && st->row->text(st, d, text) != 0)
 		d->error = errno;
+}
+
+/* The message is whole.  True: the committer has more to do. */
+static bool delivery_end(struct store *st, struct delivery *d)
+{
+	if (!d->begun)                  /* a body of no octets */
+		delivery_begin(st, d);
+	if (st->row->end != NULL && d->error == 0 && st->row->end(st, d) != 0)
+		d->error = errno;
+	if (d->error != 0 && d->tmp[0] != '\0')
+		(void)unlinkat(st->tmp_dir, d->tmp, 0);
+	return st->row->commit != NULL && d->error == 0;
 }
 
 static void delivery_forget(struct store *st, struct delivery *d)
 {
-	if (d != NULL && d->fd >= 0)
+	if (d != NULL && d->fd >= 0 && d->tmp[0] != '\0')
 		(void)unlinkat(st->tmp_dir, d->tmp, 0);
-	delivery_free(d);
+	delivery_free(st, d);
 }
 
 /* ---- the committer ---- */
@@ -4508,46 +5273,6 @@ struct committer {
 	int signal[2];          /* a pipe: an octet when there is something done */
 };
 
-/* The data of a whole group with one call, where the system has it.  A failure
- * may have been that of a file whose turn comes later, and is told but once: from
- * then on each file is asked for its own. */
-static bool sync_at_once(struct store *st)
-{
-#ifdef __linux__
-	if (!st->single_syncs)
-		st->single_syncs = syncfs(st->dir) != 0;
-	return !st->single_syncs;
-#else
-	(void)st;
-	return false;
-#endif
-}
-
-static void commit_group(struct store *st, struct delivery *group)
-{
-	enum { FEW = 3 };       /* up to so many, single syncs are the faster way */
-	size_t count = 0;
-	bool synced;
-
-	for (struct delivery *d = group; d != NULL; d = d->next)
-		count++;
-	synced = count > FEW && sync_at_once(st);
-	for (struct delivery *d = group; d != NULL; d = d->next) {
-		if (!synced && fsync(d->fd) != 0)
-			d->error = errno;
-		if (close(d->fd) != 0 && d->error == 0)
-			d->error = errno;
-		d->fd = -1;
-		if (d->error == 0 && st->row->publish(st, d) != 0)
-			d->error = errno;
-		if (d->error != 0)
-			(void)unlinkat(st->tmp_dir, d->tmp, 0);
-	}
-	if (fsync(st->new_dir) != 0)
-		for (struct delivery *d = group; d != NULL; d = d->next)
-			d->error = d->error != 0 ? d->error : errno;
-}
-
 static void *committer_run(void *context)
 {
 	struct committer *c = context;
@@ -4562,7 +5287,7 @@ static void *committer_run(void *context)
 		c->queue = NULL;
 		c->queue_end = &c->queue;
 		pthread_mutex_unlock(&c->lock);
-		commit_group(c->store, group);
+		c->store->row->commit(c->store, group);
 		pthread_mutex_lock(&c->lock);
 		*c->done_end = group;
 		while (*c->done_end != NULL)
@@ -4582,12 +5307,8 @@ static bool committer_start(struct committer *c, struct store *st)
 	c->store = st;
 	c->queue_end = &c->queue;
 	c->done_end = &c->done;
-	if (pipe(c->signal) != 0)
+	if (!make_pipe(c->signal))
 		return false;
-	for (int i = 0; i < 2; i++) {
-		(void)fcntl(c->signal[i], F_SETFD, FD_CLOEXEC);
-		(void)fcntl(c->signal[i], F_SETFL, O_NONBLOCK);
-	}
 	pthread_mutex_init(&c->lock, NULL);
 	pthread_cond_init(&c->wake, NULL);
 	sigfillset(&all);               /* signals are the loop's */
@@ -4808,6 +5529,7 @@ struct sender {
 	bool dropping;                  /* the current letter was never in flight */
 	bool broken;                    /* nothing can be written any more */
 	bool cut;                       /* a body has no end, and no way to say so */
+	bool gave_up;                   /* the end is ours, not the server's */
 	bool source_waits, source_over, turned, half_closed, greeted, grace_waited, hopeless,
 	    agreed;
 	int status;
@@ -4931,7 +5653,7 @@ static void settle_recipients(struct sender *s, struct letter *l,
 {
 	for (size_t i = 0; i < l->to->count; i++) {
 		struct verdict *v = &l->verdicts[i];
-		bool own = v->code / 100 > 2 && e->verb != BSMTP_VERB_MAIL &&
+		bool own = (v->fate == BSMTP_REJECTED || v->fate == BSMTP_DEFERRED) && e->verb != BSMTP_VERB_MAIL &&
 		    e->fate != BSMTP_UNSENT;
 		if (own && e->fate == BSMTP_DELIVERED)
 			diag_fate(l, l->to->items[i], v->fate, v->code,
@@ -5030,7 +5752,7 @@ static void keep_rcpt(struct sender *s, const struct bsmtp_client_event *e)
 
 static void report_opening(struct sender *s, const char *agreed)
 {
-	if (s->agreed)
+	if (s->agreed || s->link.in < 0)
 		return;
 	s->agreed = true;
 	trace_note(&s->trace, "agreed by %s", agreed);
@@ -5058,7 +5780,9 @@ static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 	bool retry = e->error == BSMTP_E_REFUSED && s->config.mode == BSMTP_MODE_BSMTP;
 
 	diag_session(s, e, retry ? " (does it speak BSMTP? else try --mode pipelining)" : "");
-	worst(&s->status, e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL : EX_UNAVAILABLE);
+	/* What a late 4yz has left undone shows in the messages' fates. */
+	if (e->error == BSMTP_E_REFUSED || !e->late)
+		worst(&s->status, e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL : EX_UNAVAILABLE);
 	s->hopeless = e->error == BSMTP_E_REFUSED;
 	if (e->late && !s->half_closed) {
 		s->half_closed = true;
@@ -5066,13 +5790,20 @@ static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 	}
 }
 
+/* Only QUIT's reply is missing: whatever comes in its place changes nothing. */
+static bool is_settled(const struct sender *s)
+{
+	return s->first == NULL && s->source_over && !s->ready;
+}
+
 static void on_error(struct sender *s, const struct bsmtp_client_event *e)
 {
-	bool settled = s->first == NULL && s->source_over && !s->ready;
-
-	if ((e->error == BSMTP_E_CLOSED || e->error == BSMTP_E_STOPPED) && settled)
-		return;         /* only QUIT's reply is missing */
-	diag_session(s, e, "");
+	if (is_settled(s)) {
+		trace_note(&s->trace, "%s", bsmtp_error_text(e->error));
+		return;
+	}
+	if (!s->gave_up)
+		diag_session(s, e, "");
 	worst(&s->status, e->error == BSMTP_E_CLOSED || e->error == BSMTP_E_STOPPED ?
 	    EX_TEMPFAIL : EX_PROTOCOL);
 }
@@ -5101,6 +5832,7 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 		keep_rcpt(s, e);
 		break;
 	case BSMTP_CLIENT_MESSAGE:
+		report_opening(s, "grace");
 		settle(s, e);
 		break;
 	case BSMTP_CLIENT_ERROR:
@@ -5134,6 +5866,8 @@ static const char *unsendable(struct sender *s)
 {
 	if (options.to_headers && s->source.head_long)
 		return "its header is too long to look for recipients";
+	if (options.to_headers && s->header.malformed)
+		return "a line of its header is no field, so that recipients may be missed";
 	if (options.to_headers && s->header.bad_recipient)
 		return "a recipient field of its header is malformed";
 	if (options.to_headers && s->header.to.count + options.to.count == 0)
@@ -5316,6 +6050,7 @@ static int64_t grace_length(const struct sender *s)
 static int64_t wait_until(struct sender *s)
 {
 	enum bsmtp_want want = bsmtp_client_want(&s->client);
+	size_t len;
 
 	if (want == BSMTP_WANT_GRACE && (s->child == 0 || s->greeted)) {
 		if (!s->grace_waited)
@@ -5323,7 +6058,8 @@ static int64_t wait_until(struct sender *s)
 		s->grace_waited = true;
 		return s->grace_start_us + grace_length(s);
 	}
-	if (s->source_waits && s->first == NULL && want != BSMTP_WANT_REPLY)
+	(void)bsmtp_client_out(&s->client, &len);
+	if (s->source_waits && len == 0 && bsmtp_client_owed(&s->client) == 0)
 		return 0;
 	return s->progress_us + (int64_t)options.timeout_ms * 1000;
 }
@@ -5345,9 +6081,11 @@ static void on_time(struct sender *s)
 		report_opening(s, "grace");
 		return;
 	}
-	diag("%s: silent for %llu s, giving up", s->peer,
-	    (unsigned long long)(options.timeout_ms / 1000));
-	worst(&s->status, EX_TEMPFAIL);
+	if (!is_settled(s)) {
+		diag("%s: silent for %.3g s, giving up", s->peer, (double)options.timeout_ms / 1e3);
+		worst(&s->status, EX_TEMPFAIL);
+	}
+	s->gave_up = true;
 	session_over(s);
 }
 
@@ -5387,10 +6125,12 @@ static void wait_for_more(struct sender *s)
 		p[1].fd = s->link.out;
 	if (s->source_waits)
 		p[2].fd = s->source.fd;
-	if (options.json && until != 0)
+	if (options.json)
 		fflush(stdout);
 	n = poll(p, COUNT(p), until == 0 ? -1 : left <= 0 ? 0 :
 	    left > 3600000000 ? 3600000 : (int)((left + 999) / 1000));
+	if (until == 0)                 /* nothing was due: silence begins now */
+		s->progress_us = now_us();
 	if (n > 0 && p[0].revents != 0)
 		read_replies(s);
 	else if (n == 0 && until != 0 && now_us() >= until)
@@ -5419,14 +6159,19 @@ static void converse(struct sender *s)
 	}
 }
 
+/* How long a pipe is read for the mere names of what was not sent. */
+enum { PATIENCE_US = 2000000 };
+
 /* What was begun is judged; what was not is read to its end and named. */
 static void settle_rest(struct sender *s)
 {
 	struct bsmtp_client_event e;
+	int64_t end;
 
 	while (bsmtp_client_unsettled(&s->client, &e))
 		on_event(s, &e);
 	memset(&e, 0, sizeof e);
+	end = now_us() + PATIENCE_US;
 	for (;;) {
 		struct pollfd p = { s->source.fd, POLLIN, 0 };
 		s->source_waits = false;
@@ -5439,7 +6184,8 @@ static void settle_rest(struct sender *s)
 		else
 			next_message(s);
 		s->ready = s->ready && s->current == NULL;
-		if (s->source_waits && poll(&p, 1, 2000) == 0) {
+		if ((s->source_waits && poll(&p, 1, PATIENCE_US / 1000) == 0) ||
+		    (!s->source.regular && now_us() > end)) {
 			diag("%s: the rest of the input was not read", shown(s->source.name));
 			worst(&s->status, EX_TEMPFAIL);
 			if (s->current != NULL)
@@ -5633,11 +6379,10 @@ static int send_main(void)
 
 /* ==== 13 listen ========================================================== */
 
-#define DESCRIPTORS_MORE ((rlim_t)(OVERFLOW_MAX + GROUP_MAX + 64))
-
 enum {
-	GROUP_MAX = 1024,               /* messages on their way to the disk */
+	GROUP_MAX = 1024,               /* messages on their way to the disk, at most */
 	OVERFLOW_MAX = 64,              /* connections that are told 421 */
+	DESCRIPTORS = 64,               /* for all else */
 	LINGER_MS = 2000, LINGER_OCTETS = 64 << 20,
 	DELAY_LINE_MAX = 64 << 20       /* octets held by --latency, a session */
 };
@@ -5685,13 +6430,15 @@ struct listener {
 	size_t socket_count;
 	struct list unlink_paths;
 	struct session *sessions;
-	size_t session_count, pending;
+	size_t session_count, pending, group_max;
 	uint64_t stored;
 	int64_t start_us, stop_us;
 	int signal_pipe[2];
 	int stdio_flags[2];             /* of descriptors 0 and 1, before us */
 	int last_error;
-	bool stopping, at_once, first_ended, accept_failed;
+	bool stopping, at_once, late, first_ended;
+	bool accept_failed;             /* and is not tried again for a moment */
+	bool accept_told;
 	char in[IN_SIZE];
 	char out[REPLY_SIZE];
 };
@@ -5715,16 +6462,23 @@ static bool is_open(const struct session *s)
 
 /* ---- sessions: the store's side ---- */
 
+/* Where the message is now, or "" where it is nowhere. */
+static void name_stored(const struct store *st, const struct delivery *d, char *path, size_t size)
+{
+	if (st->row->publish != NULL)
+		snprintf(path, size, "%s/%s%s", st->path, st->new_dir != st->dir ? "new/" : "", d->name);
+	else
+		snprintf(path, size, "%s", st->row->commit == commit_appended ? st->path : "");
+}
+
 static void report_stored(struct session *s, struct delivery *d)
 {
 	struct listener *l = s->listener;
-	bool file = d->name[0] != '\0' && l->store.row->publish != NULL;
 	char path[PATH_MAX];
 
 	if (!options.json)
 		return;
-	snprintf(path, sizeof path, "%s/%s%s", l->store.path != NULL ? l->store.path : "",
-	    l->store.row->crlf ? "" : "new/", d->name);
+	name_stored(&l->store, d, path, sizeof path);
 	json_begin(stdout, "message", l->start_us);
 	printf(",\"n\":%llu", (unsigned long long)l->stored);
 	json_key(stdout, "peer", slice_of(d->peer));
@@ -5738,11 +6492,21 @@ static void report_stored(struct session *s, struct delivery *d)
 	}
 	printf("],\"octets\":%llu,\"transid\":null,\"duplicate\":false,\"file\":",
 	    (unsigned long long)d->octets);
-	if (file)
+	if (path[0] != '\0')
 		json_string(stdout, slice_of(path));
 	else
 		fputs("null", stdout);
 	fputs("}\n", stdout);
+}
+
+/* What the sender is told: of a failed store by errno, of a command by sysexits. */
+static enum bsmtp_answer answer_for(const struct delivery *d)
+{
+	if (d->error == ENOSPC || d->error == EDQUOT || d->error == EFBIG)
+		return BSMTP_ANSWER_NO_SPACE;
+	if (d->error != 0 || d->verdict == EX_TEMPFAIL)
+		return BSMTP_ANSWER_STORE_FAILED;
+	return d->verdict == 0 ? BSMTP_ANSWER_STORED : BSMTP_ANSWER_NOT_TAKEN;
 }
 
 /* The committer, or the store that needs none, is done with a message. */
@@ -5750,23 +6514,20 @@ static void delivered(struct delivery *d)
 {
 	struct session *s = d->session;
 	struct listener *l = s->listener;
-	enum bsmtp_answer answer = BSMTP_ANSWER_STORED;
+	enum bsmtp_answer answer = answer_for(d);
 
-	if (d->error == 0) {
+	if (answer == BSMTP_ANSWER_STORED) {
 		l->stored++;
 		s->messages++;
 		s->octets += d->octets;
 		report_stored(s, d);
-	} else {
-		answer = d->error == ENOSPC || d->error == EDQUOT || d->error == EFBIG ?
-		    BSMTP_ANSWER_NO_SPACE : BSMTP_ANSWER_STORE_FAILED;
-		if (d->error != l->last_error)
-			diag("%s: %s", l->store.path, strerror(d->error));
+	} else if (d->error != 0 && d->error != l->last_error) {
+		diag("%s: %s", l->store.path, strerror(d->error));
 	}
 	l->last_error = d->error;
 	if (is_open(s))
 		bsmtp_server_settle(&s->server, d->ticket, answer);
-	delivery_free(d);
+	delivery_free(&l->store, d);
 }
 
 /* With --count, MAIL is refused as soon as the last message wanted is whole,
@@ -5784,11 +6545,7 @@ static void message_whole(struct session *s, uint64_t ticket)
 
 	s->current = NULL;
 	d->ticket = ticket;
-	if (!d->head_written)           /* a body of no octets */
-		delivery_text(&l->store, d, slice("", 0));
-	if (l->store.row->publish == NULL || d->error != 0) {
-		if (d->error != 0 && d->fd >= 0)
-			(void)unlinkat(l->store.tmp_dir, d->tmp, 0);
+	if (!delivery_end(&l->store, d)) {
 		delivered(d);
 		enough(l);
 		return;
@@ -5805,7 +6562,7 @@ static void message_begin(struct session *s, const struct bsmtp_server_event *e)
 	enum bsmtp_verb hello = bsmtp_server_hello(&s->server);
 
 	memset(d, 0, sizeof *d);
-	d->fd = -1;
+	d->fd = d->side = -1;
 	d->session = s;
 	d->from = copy_slice(e->text);
 	d->peer = copy_slice(slice_of(s->peer));
@@ -5948,7 +6705,7 @@ static void on_server_event(struct session *s, struct bsmtp_server_event *e)
 static bool may_work(const struct session *s)
 {
 	return is_open(s) && !s->ending && s->resume_us == 0 &&
-	    s->listener->pending < GROUP_MAX && (options.cut_messages == 0 ||
+	    s->listener->pending < s->listener->group_max && (options.cut_messages == 0 ||
 	    s->messages + s->pending < options.cut_messages);
 }
 
@@ -6010,9 +6767,11 @@ static void work_arrivals(struct session *s)
 	while (s->first != NULL && s->first->due_us <= now && may_work(s)) {
 		struct arrival *a = s->first;
 		size_t used = session_work(s, a->data + a->used, a->len - a->used);
+		if (!is_open(s))        /* gone, and what was kept with it */
+			return;
 		a->used += used;
 		s->delayed -= used;
-		if (!is_open(s) || a->used < a->len || s->resume_us != 0)
+		if (a->used < a->len || s->resume_us != 0)
 			return;
 		if (a->eof)
 			session_eof(s);
@@ -6153,14 +6912,14 @@ static void accept_all(struct listener *l, int socket)
 		socklen_t len = sizeof peer;
 		int fd = accept(socket, (struct sockaddr *)(void *)&peer, &len);
 		if (fd < 0) {
-			bool full = errno == EMFILE || errno == ENFILE || errno == ENOBUFS;
-			if (full && !l->accept_failed)
+			bool full = errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
+			if (full && !l->accept_told)
 				diag("accept: %s", strerror(errno));
-			l->accept_failed = full;
+			l->accept_failed = l->accept_told = full;
 			return;
 		}
-		l->accept_failed = false;
-		if (!set_flags(fd) || l->session_count >= options.max_connections + OVERFLOW_MAX)
+		l->accept_told = false;
+		if (!set_flags(fd) || l->session_count >= options.max_connections + (l->group_max < GROUP_MAX ? 1 : OVERFLOW_MAX))
 			close(fd);
 		else
 			session_new(l, (struct link){ fd, fd }, (struct sockaddr *)(void *)&peer, len);
@@ -6207,8 +6966,12 @@ static bool is_wide(const struct sockaddr *sa)
 /* A socket file whose listener is gone is in the way of a new one. */
 static void remove_stale(const struct sockaddr *sa, socklen_t len, const char *path)
 {
-	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+	struct stat st;
+	int fd;
 
+	if (lstat(path, &st) != 0 || !S_ISSOCK(st.st_mode))
+		return;
+	fd = socket(AF_UNIX, SOCK_STREAM, 0);
 	if (fd >= 0 && connect(fd, sa, len) != 0 && errno == ECONNREFUSED)
 		(void)unlink(path);
 	if (fd >= 0)
@@ -6217,9 +6980,11 @@ static void remove_stale(const struct sockaddr *sa, socklen_t len, const char *p
 
 static bool listen_on(struct listener *l, const struct sockaddr *sa, socklen_t len)
 {
-	int fd = socket(sa->sa_family, SOCK_STREAM, 0), one = 1;
+	int fd, one = 1;
 
-	if (fd < 0 || l->socket_count == COUNT(l->sockets))
+	errno = EMFILE;
+	if (l->socket_count == COUNT(l->sockets) ||
+	    (fd = socket(sa->sa_family, SOCK_STREAM, 0)) < 0)
 		return false;
 	(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
 	if (sa->sa_family == AF_INET6)
@@ -6267,11 +7032,14 @@ static int listen_address(struct listener *l, const char *text)
 			freeaddrinfo(found);
 			return EX_USAGE;
 		}
-		if (!listen_on(l, i->ai_addr, i->ai_addrlen))
+		/* A family that this host has not is no failure while another is there. */
+		if (!listen_on(l, i->ai_addr, i->ai_addrlen) && (error == 0 ||
+		    (errno != EAFNOSUPPORT && errno != EADDRNOTAVAIL)))
 			error = errno;
 	}
 	freeaddrinfo(found);
-	if (l->socket_count > before)
+	if (l->socket_count > before && (error == 0 || error == EAFNOSUPPORT ||
+	    error == EADDRNOTAVAIL))
 		return EX_OK;
 	diag("%s: %s", text, strerror(error));
 	return EX_UNAVAILABLE;
@@ -6339,8 +7107,9 @@ static int announce(struct listener *l)
 	for (size_t i = 0; i < l->socket_count && !bad; i++) {
 		struct sockaddr_storage sa;
 		socklen_t len = sizeof sa;
-		if (getsockname(l->sockets[i], (struct sockaddr *)(void *)&sa, &len) != 0)
-			continue;
+		bad = getsockname(l->sockets[i], (struct sockaddr *)(void *)&sa, &len) != 0;
+		if (bad)
+			break;
 		name_address(name, sizeof name, (struct sockaddr *)(void *)&sa, len);
 		if (f != NULL)
 			fprintf(f, "%s\n", name);
@@ -6356,9 +7125,9 @@ static int announce(struct listener *l)
 	}
 	fflush(stdout);
 	if (f != NULL)
-		bad = fclose(f) != 0 || rename(tmp, options.address_file) != 0;
+		bad = fclose(f) != 0 || bad || rename(tmp, options.address_file) != 0;
 	if (bad)
-		diag("%s: %s", options.address_file, strerror(errno));
+		diag("%s: %s", or_empty(options.address_file), strerror(errno));
 	return bad ? EX_CANTCREAT : EX_OK;
 }
 
@@ -6395,8 +7164,12 @@ static void session_time(struct session *s, int64_t now)
 {
 	int64_t silence = (int64_t)options.timeout_ms * 1000;
 
-	if (s->resume_us != 0 && now >= s->resume_us)
+	if (s->resume_us != 0 && now >= s->resume_us) {
 		s->resume_us = 0;
+		(void)session_work(s, "", 0);
+		if (!is_open(s))
+			return;
+	}
 	if (s->lingering) {
 		if (now >= s->linger_us)
 			session_gone(s);
@@ -6437,7 +7210,7 @@ static bool wants_input(const struct session *s)
 {
 	if (s->lingering)
 		return true;
-	if (s->ending || s->eof || s->out != NULL || s->listener->pending >= GROUP_MAX)
+	if (s->ending || s->eof || s->out != NULL || s->listener->pending >= s->listener->group_max)
 		return false;
 	return options.latency_ms > 0 ? s->delayed < DELAY_LINE_MAX :
 	    s->first == NULL && s->resume_us == 0;
@@ -6499,6 +7272,11 @@ static size_t poll_session(const struct session *s, struct pollfd *p)
 	return one ? 1 : 2;
 }
 
+static int64_t deadline_us(const struct listener *l)
+{
+	return l->start_us + (int64_t)options.deadline_ms * 1000;
+}
+
 static void wait_for_events(struct listener *l)
 {
 	size_t fixed = 2 + l->socket_count, n = fixed;
@@ -6523,15 +7301,21 @@ static void wait_for_events(struct listener *l)
 		s->poll_at = n;
 		n += poll_session(s, p + n);
 	}
-	if (options.deadline_given && l->stop_us == 0 &&
-	    l->start_us + (int64_t)options.deadline_ms * 1000 < alarm)
-		alarm = l->start_us + (int64_t)options.deadline_ms * 1000;
+	if (options.deadline_given && !l->late && deadline_us(l) < alarm)
+		alarm = deadline_us(l);
 	if (l->accept_failed && now + 100000 < alarm)
 		alarm = now + 100000;
 	if (poll(p, (nfds_t)n, alarm <= now ? 0 : (int)((alarm - now + 999) / 1000)) < 0)
 		for (size_t i = 0; i < n; i++)
 			p[i].revents = 0;
 	l->accept_failed = false;
+}
+
+static void stop_sessions(struct listener *l)
+{
+	stop_listening(l);
+	for (struct session *s = l->sessions; s != NULL; s = s->next)
+		session_stop(s, BSMTP_ANSWER_STOPPING);
 }
 
 static void on_stop_signals(struct listener *l)
@@ -6545,9 +7329,7 @@ static void on_stop_signals(struct listener *l)
 	}
 	if (!l->stopping)
 		return;
-	stop_listening(l);
-	for (struct session *s = l->sessions; s != NULL; s = s->next)
-		session_stop(s, BSMTP_ANSWER_STOPPING);
+	stop_sessions(l);
 }
 
 static void one_round(struct listener *l)
@@ -6557,13 +7339,13 @@ static void one_round(struct listener *l)
 
 	wait_for_events(l);
 	take_committed(l);
-	for (struct session *s = l->sessions; s != NULL; s = s->next)
-		if (is_open(s) && (l->polls[s->poll_at].revents & (POLLIN | POLLHUP | POLLERR)) != 0) {
-			if (wants_input(s))
-				session_read(s);
-			else            /* replies wait, and nobody will ever read them */
-				session_gone(s);
-		}
+	for (struct session *s = l->sessions; s != NULL; s = s->next) {
+		int got = is_open(s) ? l->polls[s->poll_at].revents : 0;
+		if ((got & (POLLIN | POLLHUP | POLLERR)) != 0 && wants_input(s))
+			session_read(s);
+		else if ((got & (POLLHUP | POLLERR)) != 0)      /* nobody reads the replies */
+			session_gone(s);
+	}
 	now = now_us();
 	for (struct session *s = l->sessions; s != NULL; s = s->next)
 		if (is_open(s))
@@ -6593,41 +7375,42 @@ static int serve(struct listener *l)
 		enough(l);
 		if (l->stop_us == 0 && goal_reached(l))
 			stop_listening(l);
-		if (l->stop_us == 0 && options.deadline_given &&
-		    now_us() >= l->start_us + (int64_t)options.deadline_ms * 1000) {
-			stop_listening(l);
-			for (struct session *s = l->sessions; s != NULL; s = s->next)
-				session_stop(s, BSMTP_ANSWER_STOPPING);
-			if (options.count > 0 || options.once) {
+		if (!l->late && options.deadline_given && now_us() >= deadline_us(l)) {
+			l->late = true;
+			if ((options.count > 0 || options.once) && !goal_reached(l)) {
 				diag("the deadline passed: %llu messages stored",
 				    (unsigned long long)l->stored);
 				status = EX_TEMPFAIL;
 			}
+			stop_sessions(l);
 		}
 	}
 	return status;
 }
 
-/* A descriptor for each connection and each message on its way to the disk. */
-static void raise_limits(void)
+/* A descriptor for each connection, and two for each message on its way to the
+ * disk.  Where there are fewer, half of them go to either. */
+static void raise_limits(struct listener *l)
 {
-	rlim_t need = (rlim_t)options.max_connections + DESCRIPTORS_MORE;
+	uint64_t need = options.max_connections + 2 * GROUP_MAX + OVERFLOW_MAX + DESCRIPTORS, have;
 	struct rlimit limit;
 
-	if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= need)
+	l->group_max = GROUP_MAX;
+	if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= (rlim_t)need)
 		return;
-	limit.rlim_cur = need;
-	if (limit.rlim_max < need)
-		limit.rlim_max = need;
+	have = limit.rlim_max < (rlim_t)need ? (uint64_t)limit.rlim_max : need;
+	limit.rlim_cur = (rlim_t)need;
+	limit.rlim_max = limit.rlim_max < (rlim_t)need ? (rlim_t)need : limit.rlim_max;
 	if (setrlimit(RLIMIT_NOFILE, &limit) == 0)
 		return;
-	(void)getrlimit(RLIMIT_NOFILE, &limit);
-	limit.rlim_cur = limit.rlim_max;
+	limit.rlim_cur = limit.rlim_max = (rlim_t)have;
 	(void)setrlimit(RLIMIT_NOFILE, &limit);
-	if (limit.rlim_cur > DESCRIPTORS_MORE)
-		options.max_connections = limit.rlim_cur - DESCRIPTORS_MORE;
+	have = have > DESCRIPTORS / 2 + 8 ? have - DESCRIPTORS / 2 : 8;
+	l->group_max = min_size((size_t)have / 4 + 1, GROUP_MAX);
+	if (options.max_connections > have - 2 * l->group_max)
+		options.max_connections = have - 2 * l->group_max;
 	diag("only %llu descriptors may be open: at most %llu connections",
-	    (unsigned long long)limit.rlim_cur, (unsigned long long)options.max_connections);
+	    (unsigned long long)limit.rlim_max, (unsigned long long)options.max_connections);
 }
 
 static int start_listening(struct listener *l)
@@ -6658,14 +7441,11 @@ static bool catch_signals(struct listener *l)
 	struct sigaction act;
 
 	memset(&act, 0, sizeof act);
-	if (pipe(l->signal_pipe) != 0)
+	if (!make_pipe(l->signal_pipe))
 		return false;
-	for (int i = 0; i < 2; i++) {
-		(void)fcntl(l->signal_pipe[i], F_SETFD, FD_CLOEXEC);
-		(void)fcntl(l->signal_pipe[i], F_SETFL, O_NONBLOCK);
-	}
 	signal_fd = l->signal_pipe[1];
 	act.sa_handler = on_signal;
+	act.sa_flags = SA_RESTART;      /* half a line of JSON would be lost */
 	return sigaction(SIGTERM, &act, NULL) == 0 && sigaction(SIGINT, &act, NULL) == 0;
 }
 
@@ -6684,12 +7464,7 @@ static void listener_free(struct listener *l)
 	stop_listening(l);
 	list_free(&l->unlink_paths);
 	free(l->polls);
-	if (l->store.dir >= 0)
-		close(l->store.dir);
-	if (l->store.new_dir >= 0 && l->store.new_dir != l->store.dir)
-		close(l->store.new_dir);
-	if (l->store.tmp_dir >= 0 && l->store.tmp_dir != l->store.dir)
-		close(l->store.tmp_dir);
+	store_close(&l->store);
 	free(l);
 }
 
@@ -6713,7 +7488,7 @@ static int listen_main(void)
 		.fault_count = options.fault_count,
 		.tap = options.trace ? trace_tap : NULL,
 	};
-	raise_limits();
+	raise_limits(l);
 	if (!catch_signals(l) || !committer_start(&l->committer, &l->store)) {
 		diag("%s", strerror(errno));
 		status = EX_OSERR;
@@ -6760,7 +7535,7 @@ static const char *parse_text(const char *text, void *where)
 
 /* A number with one of these units behind it. */
 static const char *parse_scaled(const char *text, uint64_t *out, const char *const *units,
-    const uint64_t *scales, size_t count, uint64_t bare)
+    const uint64_t *scales, size_t count, uint64_t bare, uint64_t most)
 {
 	struct bsmtp_slice s = slice_of(text);
 	uint64_t n = 0, scale = bare;
@@ -6777,7 +7552,7 @@ static const char *parse_scaled(const char *text, uint64_t *out, const char *con
 			return "the unit is not known";
 		scale = scales[i];
 	}
-	if (n > (uint64_t)INT64_MAX / 1000 / scale)
+	if (n > most / scale)
 		return "too large";
 	*out = n * scale;
 	return NULL;
@@ -6788,7 +7563,7 @@ static const char *parse_time(const char *text, void *where)
 	static const char *const units[] = { "ms", "s", "m", "h", "d" };
 	static const uint64_t scales[] = { 1, 1000, 60000, 3600000, 86400000 };
 
-	return parse_scaled(text, where, units, scales, COUNT(units), 1000);
+	return parse_scaled(text, where, units, scales, COUNT(units), 1000, 3653 * UINT64_C(86400000));
 }
 
 static const char *parse_size(const char *text, void *where)
@@ -6796,12 +7571,12 @@ static const char *parse_size(const char *text, void *where)
 	static const char *const units[] = { "k", "m", "g" };
 	static const uint64_t scales[] = { 1 << 10, 1 << 20, 1 << 30 };
 
-	return parse_scaled(text, where, units, scales, COUNT(units), 1);
+	return parse_scaled(text, where, units, scales, COUNT(units), 1, INT64_MAX / 2);
 }
 
 static const char *parse_number(const char *text, void *where)
 {
-	return parse_scaled(text, where, NULL, NULL, 0, 1);
+	return parse_scaled(text, where, NULL, NULL, 0, 1, INT64_MAX / 2);
 }
 
 static const char *parse_positive(const char *text, void *where)
@@ -6809,6 +7584,13 @@ static const char *parse_positive(const char *text, void *where)
 	const char *wrong = parse_number(text, where);
 
 	return wrong != NULL ? wrong : *(uint64_t *)where == 0 ? "it must be 1 or more" : NULL;
+}
+
+static const char *parse_some(const char *text, void *where)
+{
+	const char *wrong = parse_positive(text, where);
+
+	return wrong != NULL ? wrong : *(uint64_t *)where > 1000000 ? "at most 1000000" : NULL;
 }
 
 /* The index of a word that `name` gives for 0, 1, …; the sum is count. */
@@ -6963,6 +7745,24 @@ static const char *parse_eml(const char *text, void *where)
 	return set_store(STORE_EML, text);
 }
 
+static const char *parse_mbox(const char *text, void *where)
+{
+	(void)where;
+	return set_store(STORE_MBOX, text);
+}
+
+static const char *parse_batch(const char *text, void *where)
+{
+	(void)where;
+	return set_store(STORE_BATCH, text);
+}
+
+static const char *parse_exec(const char *text, void *where)
+{
+	(void)where;
+	return set_store(STORE_EXEC, text);
+}
+
 static const char *parse_discard(const char *text, void *where)
 {
 	(void)text;
@@ -7063,13 +7863,16 @@ static const struct option_row option_rows[] = {
 	{ SEND, 0, "keep-going", NULL, "never give up for refusals (the default)", parse_keep_going, &options.stop_after },
 	{ LISTEN, 'd', "maildir", "DIR", "store in a Maildir (./received)", parse_maildir, NULL },
 	{ LISTEN, 0, "eml", "DIR", "store as DIR/NNNNNN.eml and .json", parse_eml, NULL },
+	{ LISTEN, 0, "mbox", "FILE", "append to an mbox (mboxrd)", parse_mbox, NULL },
+	{ LISTEN, 0, "batch", "FILE", "append to a batch (RFC 2442)", parse_batch, NULL },
+	{ LISTEN, 0, "exec", "CMD", "run CMD for each message", parse_exec, NULL },
 	{ LISTEN, 0, "discard", NULL, "store nothing", parse_discard, NULL },
 	{ LISTEN, 0, "allow", "CIDR", "who may speak; repeatable (loopback)", parse_cidr, NULL },
 	{ LISTEN, 0, "smtp", "WORD", "EHLO and HELO sessions: allow, deny (allow)", parse_smtp, &options.no_smtp },
 	{ LISTEN, 0, "hostname", "NAME", "who to say we are (this host)", parse_domain, &options.hostname },
 	{ LISTEN, 0, "max-size", "SIZE", "octets of a message (64m)", parse_size, &options.max_size },
-	{ LISTEN, 0, "max-recipients", "N", "recipients of a message (1000)", parse_positive, &options.max_recipients },
-	{ LISTEN, 0, "max-connections", "N", "sessions at a time (1000)", parse_positive, &options.max_connections },
+	{ LISTEN, 0, "max-recipients", "N", "recipients of a message (1000)", parse_some, &options.max_recipients },
+	{ LISTEN, 0, "max-connections", "N", "sessions at a time (1000)", parse_some, &options.max_connections },
 	{ LISTEN, 0, "max-per-peer", "N", "sessions at a time from one address (no limit)", parse_positive, &options.max_per_peer },
 	{ LISTEN, 0, "bare-newlines", "WORD", "bodies with bare CR or LF: reject, normalize (reject)", parse_newlines, &options.normalize },
 	{ LISTEN, 0, "count", "N", "stop after N messages", parse_positive, &options.count },

@@ -415,6 +415,7 @@ struct bsmtp_client {           /* complete, to be embedded; fields are private 
 	unsigned char state;
 	bool lockstep;          /* wait after each command */
 	bool opened;            /* the opening was answered 2yz */
+	bool sure;              /* it is known whether the opening was answered */
 	bool streamed;          /* commands followed the opening */
 	unsigned offered;       /* enum bsmtp_keyword bits of the opening's reply */
 	/* the message being written */
@@ -427,6 +428,8 @@ struct bsmtp_client {           /* complete, to be embedded; fields are private 
 	uint64_t strays;
 	/* the message whose replies are being read */
 	bool judging;           /* its MAIL was answered, its fate not given */
+	bool all_good, all_bad; /* every reply of it, and the one before */
+	int previous;           /* code of the reply before */
 	bool mail_bad;
 	unsigned rcpts, rcpts_good, rcpts_deferred;
 	struct bsmtp_client_event verdict;      /* the reply that decides, so far */
@@ -502,6 +505,9 @@ uint64_t bsmtp_client_position(const struct bsmtp_client *client);
 /* Octets of the stream that have been sent. */
 uint64_t bsmtp_client_sent_total(const struct bsmtp_client *client);
 
+/* Replies that are awaited. */
+size_t bsmtp_client_owed(const struct bsmtp_client *client);
+
 /* What the opening's reply offered, as enum bsmtp_keyword bits; whether commands
  * wait for each other's replies; CRs that became spaces. */
 unsigned bsmtp_client_offered(const struct bsmtp_client *client);
@@ -551,6 +557,7 @@ enum bsmtp_answer {
 	BSMTP_ANSWER_STORED,            /* 250 2.0.0 stored */
 	BSMTP_ANSWER_NO_SPACE,          /* 452 4.3.1 */
 	BSMTP_ANSWER_STORE_FAILED,      /* 451 4.3.0 */
+	BSMTP_ANSWER_NOT_TAKEN,         /* 554 5.3.0: the store does not want it */
 	BSMTP_ANSWER_STOPPING,          /* 421 4.3.2 shutting down */
 	BSMTP_ANSWER_TIMEOUT,           /* 421 4.4.2 */
 	BSMTP_ANSWER_BUSY,              /* 421 4.7.0 too many connections */
