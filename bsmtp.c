@@ -3285,7 +3285,8 @@ struct cidr {
 	unsigned bits;
 };
 
-enum format { FORMAT_AUTO, FORMAT_MESSAGE, FORMAT_MBOX, FORMAT_MAILDIR, FORMAT_BATCH, FORMATS };
+enum format { FORMAT_AUTO, FORMAT_MESSAGE, FORMAT_MBOX, FORMAT_MAILDIR, FORMAT_BATCH, FORMAT_RAW,
+	FORMAT_SENDMAIL, FORMATS };
 enum store_kind { STORE_MAILDIR, STORE_EML, STORE_MBOX, STORE_BATCH, STORE_EXEC, STORE_DISCARD };
 
 static struct options {
@@ -3293,7 +3294,8 @@ static struct options {
 	uint64_t timeout_ms;
 	struct list operands;
 	/* send */
-	char *server, *connect_command, *from, *helo;
+	char *server, *connect_command, *from, *helo, *output;
+	char *parameters, *rcpt_parameters;     /* that go with MAIL and with RCPT */
 	struct list to;
 	bool to_headers, mboxo, await_greeting, blind;
 	unsigned format, mode, framing;
@@ -3313,6 +3315,7 @@ static struct options {
 	struct bsmtp_fault *faults;     /* they borrow from the rules' text */
 	size_t fault_count;
 	struct list rules;
+	char *called;           /* our own name, where it is sendmail's */
 } options;
 
 static void diag(const char *format, ...) PRINTF_LIKE(1, 2);
@@ -3322,6 +3325,11 @@ static void die_of_memory(void)
 {
 	diag("out of memory");
 	exit(EX_OSERR);
+}
+
+static const char *or_empty(const char *s)
+{
+	return s != NULL ? s : "";
 }
 
 static void *grow(void *memory, size_t size)
@@ -3649,6 +3657,7 @@ struct source {
 	int fd;
 	bool opened, regular, eof, in_message, head_done, head_long, ended;
 	bool failed;                    /* the message breaks off */
+	bool at_line;                   /* sendmail: a line begins */
 	enum format format;
 	char name[1024];
 	DIR *dir;
@@ -4010,6 +4019,53 @@ static enum got text_in_batch(struct source *s)
 	return got;
 }
 
+/* What sendmail's callers write: an mbox's first line may stand in front. */
+static enum got begin_from_caller(struct source *s)
+{
+	enum got got = begin_message(s);
+
+	while (got == GOT_DATA) {
+		struct bsmtp_slice sender;
+		ptrdiff_t from = bsmtp_from_line_parse(&sender, s->window + s->start, s->end - s->start);
+		if (from > 0)
+			source_use(s, (size_t)from);
+		if (from != BSMTP_MORE || s->eof)
+			break;
+		got = source_fill(s);
+	}
+	s->at_line = true;
+	return got;
+}
+
+/* Up to a line that is "." alone, and without it. */
+static enum got text_to_dot(struct source *s)
+{
+	enum got got = need_octets(s);
+	const char *in = s->window + s->start, *lf;
+	size_t len = s->end - s->start, n = 0;
+
+	if (got != GOT_DATA)
+		return got;
+	if (s->at_line && in[0] == '.') {
+		if ((len == 1 || (len == 2 && in[1] == '\r')) && !s->eof) {
+			got = source_fill(s);
+			return got;     /* what is there now is looked at in the next call */
+		}
+		n = len > 1 && in[1] == '\r' ? 2 : 1;
+		if (len == n || in[n] == '\n')
+			return GOT_END;
+		n = 1;
+	}
+	do {
+		lf = n < len ? memchr(in + n, '\n', len - n) : NULL;
+		n = lf != NULL ? (size_t)(lf - in) + 1 : len;
+	} while (n < len && in[n] != '.');
+	s->at_line = lf != NULL;
+	s->text = slice(in, n);
+	source_use(s, n);
+	return GOT_DATA;
+}
+
 /* What the file is, by its first octets; FORMAT_AUTO where these are too few. */
 static enum format detect(const char *in, size_t len, bool last, bool *nothing)
 {
@@ -4051,6 +4107,8 @@ static const struct format_row {
 	[FORMAT_MBOX] = { "mbox", begin_in_mbox, text_in_mbox },
 	[FORMAT_MAILDIR] = { "maildir", begin_message, text_of_message },
 	[FORMAT_BATCH] = { "batch", begin_in_batch, text_in_batch },
+	[FORMAT_RAW] = { "raw", begin_message, text_of_message },
+	[FORMAT_SENDMAIL] = { "sendmail", begin_from_caller, text_to_dot },
 };
 
 static enum got begin_detected(struct source *s)
@@ -4555,23 +4613,15 @@ static void print_mbox_head(FILE *f, const struct store *st, const struct delive
 }
 
 /* The commands of a batch that stand before a message. */
-static void print_transaction(FILE *f, const char *from, const char *parameters,
-    const struct list *to, const struct list *to_parameters)
-{
-	fprintf(f, "MAIL FROM:<%s>%s\r\n", from, parameters);
-	for (size_t i = 0; i < to->count; i++)
-		fprintf(f, "RCPT TO:<%s>%s\r\n", to->items[i],
-		    to_parameters != NULL ? to_parameters->items[i] : "");
-	fputs("DATA\r\n", f);
-}
-
 static void print_batch_head(FILE *f, const struct store *st, const struct delivery *d,
     const struct tm *now)
 {
 	(void)st;
 	(void)now;
-	print_transaction(f, d->from, d->utf8 ? " BODY=8BITMIME SMTPUTF8" : " BODY=8BITMIME", &d->to,
-	    NULL);
+	fprintf(f, "MAIL FROM:<%s> BODY=8BITMIME%s\r\n", d->from, d->utf8 ? " SMTPUTF8" : "");
+	for (size_t i = 0; i < d->to.count; i++)
+		fprintf(f, "RCPT TO:<%s>\r\n", d->to.items[i]);
+	fputs("DATA\r\n", f);
 }
 
 static int begin_in_mbox_file(struct store *st, struct delivery *d)
@@ -5081,7 +5131,8 @@ static int spawn(pid_t *pid, const char *cmd, const struct delivery *d, char **e
 	char *text = copy_slice(slice_of(cmd));
 	int error;
 
-	arguments[0] = arguments[3] = sh;
+	arguments[0] = sh;
+	arguments[3] = options.called != NULL ? options.called : sh;
 	arguments[1] = c;
 	arguments[2] = text;
 	for (size_t i = 0; i < d->to.count; i++)
@@ -5496,8 +5547,9 @@ struct letter {
 	struct letter *next;
 	uint64_t n, offset, position, octets;
 	int64_t start_us;
-	char *source, *id, *from;
-	struct list own;                /* recipients of its header */
+	char *source, *id, *from, *parameters;
+	struct list own;                /* recipients of its header, or its envelope */
+	struct list own_parameters;     /* beside each, where it is the envelope */
 	const struct list *to;          /* these, or those of the command line */
 	struct verdict {
 		enum bsmtp_fate fate;
@@ -5522,7 +5574,7 @@ struct sender {
 	struct letter *current;         /* being read: the last of them, or dropped */
 	struct header header;           /* of the message that comes next */
 	size_t weight, rcpt;
-	uint64_t n, counts[BSMTP_FATES], octets, turnarounds, refused;
+	uint64_t n, counts[BSMTP_FATES], octets, turnarounds, refused, strays;
 	int64_t start_us, dial_us, progress_us, grace_start_us, connect_us, grace_us;
 	uint64_t doubt_first, doubt_last;       /* numbers of the unknown, of this run */
 	bool ready;                     /* a message waits to be begun */
@@ -5536,6 +5588,8 @@ struct sender {
 	char out[OUT_SIZE];
 	unsigned char due[DUE_SIZE];
 	char in[16 << 10];
+	char raw[BSMTP_REPLY_LINE_MAX];         /* a line for print_raw() */
+	size_t raw_len;
 };
 
 static void letter_free(struct sender *s, struct letter *l)
@@ -5549,11 +5603,14 @@ static void letter_free(struct sender *s, struct letter *l)
 	free(l->source);
 	free(l->id);
 	free(l->from);
+	free(l->parameters);
 	list_free(&l->own);
+	list_free(&l->own_parameters);
 	free(l);
 }
 
-/* --from, else the From_ line where it names an address, else the header. */
+/* --from, else the envelope or the From_ line where it names an address, else the
+ * header. */
 static char *envelope_sender(struct sender *s)
 {
 	struct bsmtp_slice from = slice_of(s->source.sender);
@@ -5561,6 +5618,8 @@ static char *envelope_sender(struct sender *s)
 
 	if (options.from != NULL)
 		return copy_slice(slice_of(options.from));
+	if (s->source.envelope.from != NULL)
+		return copy_slice(slice_of(s->source.envelope.from));
 	if (s->source.has_sender && same(from, "MAILER-DAEMON"))
 		return copy_slice(slice("", 0));
 	if (s->source.has_sender && bsmtp_mailbox_valid(from, true))
@@ -5569,6 +5628,40 @@ static char *envelope_sender(struct sender *s)
 		return copy_slice(slice_of(s->header.sender));
 	snprintf(guess, sizeof guess, "%.200s@%s", user_name(), host_name());
 	return copy_slice(bsmtp_mailbox_valid(slice_of(guess), true) ? slice_of(guess) : slice("", 0));
+}
+
+/* Whether the envelope that came with the message says who it is for. */
+static bool has_own_envelope(const struct sender *s)
+{
+	return s->source.envelope.from != NULL && options.to.count == 0 && !options.to_headers;
+}
+
+static void address_letter(struct sender *s, struct letter *l)
+{
+	struct envelope *e = &s->source.envelope;
+
+	l->parameters = copy_slice(slice_of(or_empty(e->from != NULL ? e->parameters :
+	    options.parameters)));
+	l->to = &l->own;
+	if (has_own_envelope(s)) {
+		l->own = e->to;
+		l->own_parameters = e->to_parameters;
+		memset(&e->to, 0, sizeof e->to);
+		memset(&e->to_parameters, 0, sizeof e->to_parameters);
+		l->weight += e->weight;
+		return;
+	}
+	if (!options.to_headers) {
+		l->to = &options.to;
+		return;
+	}
+	for (size_t i = 0; i < options.to.count; i++)
+		list_add(&l->own, slice_of(options.to.items[i]));
+	for (size_t i = 0; i < s->header.to.count; i++)
+		if (!list_has(&options.to, slice_of(s->header.to.items[i])))
+			list_add(&l->own, slice_of(s->header.to.items[i]));
+	for (size_t i = 0; i < l->own.count; i++)
+		l->weight += strlen(l->own.items[i]) + 32;
 }
 
 static struct letter *letter_new(struct sender *s)
@@ -5582,23 +5675,18 @@ static struct letter *letter_new(struct sender *s)
 	l->source = copy_slice(slice_of(s->source.name));
 	l->id = copy_slice(slice_of(s->header.id));
 	l->from = envelope_sender(s);
-	for (size_t i = 0; i < options.to.count && options.to_headers; i++)
-		list_add(&l->own, slice_of(options.to.items[i]));
-	for (size_t i = 0; i < s->header.to.count; i++)
-		list_add(&l->own, slice_of(s->header.to.items[i]));
+	l->weight = sizeof *l + strlen(l->source) + strlen(l->id) + strlen(l->from) + 112;
+	address_letter(s, l);
 	list_free(&s->header.to);
-	l->to = options.to_headers ? &l->own : &options.to;
-	l->weight = sizeof *l + strlen(l->source) + strlen(l->id) + strlen(l->from) + 96;
-	for (size_t i = 0; i < l->own.count; i++)
-		l->weight += strlen(l->own.items[i]) + 32;
 	s->weight += l->weight;
-	l->next = NULL;
 	return l;
 }
 
-static const char *or_empty(const char *s)
+/* The parameters that stand behind recipient i. */
+static const char *rcpt_parameters(const struct letter *l, size_t i)
 {
-	return s != NULL ? s : "";
+	return i < l->own_parameters.count ? l->own_parameters.items[i] :
+	    or_empty(options.rcpt_parameters);
 }
 
 static void report_json(struct sender *s, const struct letter *l,
@@ -5711,7 +5799,8 @@ static void judge(struct sender *s, struct letter *l, const struct bsmtp_client_
 	if (e->fate == BSMTP_DELIVERED)
 		s->octets += l->octets;
 	diag_letter(s, l, e);
-	if (e->fate == BSMTP_UNKNOWN || (e->fate == BSMTP_UNSENT && !s->hopeless))
+	if (e->fate == BSMTP_UNKNOWN || (e->fate == BSMTP_UNSENT && !s->hopeless &&
+	    options.output == NULL))
 		worst(&s->status, EX_TEMPFAIL);
 	s->refused += e->fate == BSMTP_REJECTED || e->fate == BSMTP_DEFERRED;
 	if (options.json)
@@ -5872,13 +5961,41 @@ static const char *unsendable(struct sender *s)
 		return "a recipient field of its header is malformed";
 	if (options.to_headers && s->header.to.count + options.to.count == 0)
 		return "no recipients in its header";
+	if (!options.to_headers && !has_own_envelope(s) && options.to.count == 0)
+		return "no recipients: give --to ADDR, or -t to take them from the header";
+	if (has_own_envelope(s) && s->source.envelope.to.count == 0)
+		return "no recipients in its envelope";
 	return NULL;
+}
+
+/* Whether the envelope of the current letter or its header needs SMTPUTF8. */
+static bool needs_utf8(const struct sender *s)
+{
+	const struct letter *l = s->current;
+	bool utf8 = s->header.utf8 || bsmtp_has_8bit(slice_of(l->from));
+
+	for (size_t i = 0; i < l->to->count && !utf8; i++)
+		utf8 = bsmtp_has_8bit(slice_of(l->to->items[i]));
+	return utf8;
+}
+
+/* The transaction of the current letter, for a batch: nobody says what is offered,
+ * RFC 2442 has 8BITMIME. */
+static void print_letter(const struct sender *s, FILE *f)
+{
+	const struct letter *l = s->current;
+	bool own = *l->parameters != '\0';
+
+	fprintf(f, "MAIL FROM:<%s>%s%s\r\n", l->from, own ? l->parameters : " BODY=8BITMIME",
+	    !own && needs_utf8(s) ? " SMTPUTF8" : "");
+	for (size_t i = 0; i < l->to->count; i++)
+		fprintf(f, "RCPT TO:<%s>%s\r\n", l->to->items[i], rcpt_parameters(l, i));
+	fputs("DATA\r\n", f);
 }
 
 static void begin_letter(struct sender *s)
 {
 	const char *why = unsendable(s);
-	bool utf8 = s->header.utf8;
 	struct letter *l;
 
 	l = s->current = letter_new(s);
@@ -5894,10 +6011,7 @@ static void begin_letter(struct sender *s)
 	*s->last = l;
 	s->last = &l->next;
 	l->position = bsmtp_client_position(&s->client);
-	utf8 = utf8 || bsmtp_has_8bit(slice_of(l->from));
-	for (size_t i = 0; i < l->to->count; i++)
-		utf8 = utf8 || bsmtp_has_8bit(slice_of(l->to->items[i]));
-	bsmtp_client_mail(&s->client, slice_of(l->from), utf8,
+	bsmtp_client_mail(&s->client, slice_of(l->from), needs_utf8(s),
 	    s->source.format == FORMAT_MESSAGE ? s->source.size : 0);
 }
 
@@ -6202,7 +6316,7 @@ static void report_summary(struct sender *s)
 	for (int fate = 0; fate < BSMTP_FATES; fate++)
 		messages += s->counts[fate];
 	diag_doubt(s);
-	if (s->counts[BSMTP_UNSENT] > 0)
+	if (s->counts[BSMTP_UNSENT] > 0 && options.output == NULL)
 		diag("%llu of %llu messages were not sent",
 		    (unsigned long long)s->counts[BSMTP_UNSENT], (unsigned long long)messages);
 	if (!options.json)
@@ -6216,8 +6330,103 @@ static void report_summary(struct sender *s)
 	    "\"grace_seconds\":%.3f,\"stray_cr\":%llu}\n", (unsigned long long)s->octets,
 	    (double)(now_us() - s->start_us) / 1e6, (unsigned long long)s->turnarounds,
 	    (double)s->connect_us / 1e6, (double)s->grace_us / 1e6,
-	    (unsigned long long)bsmtp_client_strays(&s->client));
+	    (unsigned long long)(s->strays + bsmtp_client_strays(&s->client)));
 }
+
+/* ---- the stream at rest ---- */
+
+/* Waits until a message is there, or the input's end. */
+static void await_message(struct sender *s)
+{
+	struct pollfd p = { 0, POLLIN, 0 };
+
+	do {
+		s->source_waits = false;
+		next_message(s);
+		p.fd = s->source.fd;
+	} while (s->source_waits && (poll(&p, 1, -1) >= 0 || errno == EINTR));
+}
+
+/* The text of the message that is ready, its dots doubled; false where it breaks
+ * off. */
+static bool write_batch_text(struct sender *s, FILE *f)
+{
+	struct bsmtp_encoder encoder = { .dots = true };
+	enum got got;
+
+	for (;;) {
+		struct pollfd p = { s->source.fd, POLLIN, 0 };
+		struct bsmtp_slice text;
+		size_t made, used;
+		got = source_text(&s->source, &text);
+		if (got == GOT_WAIT && (poll(&p, 1, -1) >= 0 || errno == EINTR))
+			continue;
+		if (got != GOT_DATA)
+			break;
+		used = bsmtp_encode(&encoder, s->out, sizeof s->out, &made, text.at, text.len);
+		fwrite(s->out, 1, made, f);
+		source_taken(&s->source, used);
+		s->current->octets += used;
+	}
+	fwrite(s->out, 1, bsmtp_encode_end(&encoder, s->out), f);
+	s->strays += encoder.strays;
+	source_done(&s->source);
+	return got == GOT_END;
+}
+
+/* What would be sent, as an RFC 2442 object.  A message that breaks off is taken
+ * out again, where the file lets it; else nothing may follow it. */
+static bool write_batch_message(struct sender *s, FILE *f)
+{
+	struct bsmtp_client_event unsent;
+	off_t at = ftello(f);
+	const char *why = unsendable(s);
+	bool whole;
+
+	memset(&unsent, 0, sizeof unsent);
+	s->current = letter_new(s);
+	s->ready = false;
+	if (why != NULL) {
+		diag("%s: message %llu (offset %llu): %s", shown(s->current->source),
+		    (unsigned long long)s->current->n, (unsigned long long)s->current->offset, why);
+		worst(&s->status, EX_DATAERR);
+		(void)drop_letter(s);
+		return true;
+	}
+	print_letter(s, f);
+	whole = write_batch_text(s, f);
+	if (whole)
+		fputs(".\r\n", f);
+	judge(s, s->current, &unsent);
+	return whole || (at >= 0 && fflush(f) == 0 && fseeko(f, at, SEEK_SET) == 0 &&
+	    ftruncate(fileno(f), at) == 0);
+}
+
+static int write_batch(struct sender *s)
+{
+	bool standard = strcmp(options.output, "-") == 0, good = true;
+	FILE *f = standard ? stdout : fopen(options.output, "w");
+
+	if (f == NULL) {
+		diag("%s: %s", options.output, strerror(errno));
+		return EX_CANTCREAT;
+	}
+	fprintf(f, "EHLO %s\r\n", s->config.helo);
+	for (await_message(s); s->ready && good; await_message(s))
+		good = write_batch_message(s, f);
+	if (good)
+		fputs("QUIT\r\n", f);
+	if (fflush(f) != 0 || ferror(f) || (!standard && fsync(fileno(f)) != 0 && errno != EINVAL)) {
+		diag("%s: %s", options.output, strerror(errno));
+		worst(&s->status, EX_IOERR);
+	}
+	if (!standard)
+		(void)fclose(f);
+	report_summary(s);
+	return s->status;
+}
+
+/* ---- the network ---- */
 
 /* Through a command: its standard input and output are a socket to us. */
 static int dial_command(struct sender *s)
@@ -6306,16 +6515,24 @@ static int dial(struct sender *s)
 	return status;
 }
 
+/* Nobody was named, and the input is no batch that names them. */
+static bool lacks_recipients(const struct sender *s)
+{
+	bool given = options.to.count > 0 || options.to_headers;
+
+	return !given && (s->ready ? !has_own_envelope(s) : options.format == FORMAT_AUTO &&
+	    s->source.status == EX_OK);
+}
+
 static int send_mail(struct sender *s)
 {
-	struct pollfd p = { 0, POLLIN, 0 };
 	int dialled;
 
-	do {                    /* no connection before there is something to send */
-		s->source_waits = false;
-		next_message(s);
-		p.fd = s->source.fd;
-	} while (s->source_waits && (poll(&p, 1, -1) >= 0 || errno == EINTR));
+	await_message(s);       /* no connection before there is something to send */
+	if (lacks_recipients(s)) {
+		diag("no recipients: give --to ADDR, or -t to take them from the header");
+		return EX_USAGE;
+	}
 	if (!s->ready) {
 		if (s->status == EX_OK && s->source.status == EX_OK)
 			diag("nothing to send");
@@ -6341,6 +6558,91 @@ static int send_mail(struct sender *s)
 	return s->status;
 }
 
+/* ---- raw: for finding out what a server does with anything ---- */
+
+/* Replies as they come, a line each with its time. */
+static void print_raw(struct sender *s, const char *in, size_t len)
+{
+	for (size_t i = 0; i < len; i++) {
+		bool full = s->raw_len == sizeof s->raw;
+		if (in[i] != '\n' && !full)
+			s->raw[s->raw_len++] = in[i];
+		if (in[i] != '\n' && !full)
+			continue;
+		if (s->raw_len > 0 && s->raw[s->raw_len - 1] == '\r')
+			s->raw_len--;
+		printf("%10.3f <- ", (double)(now_us() - s->start_us) / 1e3);
+		put_safe(stdout, slice(s->raw, s->raw_len));
+		putchar('\n');
+		s->raw_len = 0;
+		i -= full;
+	}
+	(void)fflush(stdout);
+}
+
+/* Octets of the input for the network; END behind the last file. */
+static enum got raw_input(struct sender *s, struct bsmtp_slice *text)
+{
+	for (;;) {
+		enum got got;
+		if (!s->source.opened && !source_open(&s->source))
+			return GOT_END;
+		got = source_text(&s->source, text);
+		if (got == GOT_DATA || got == GOT_WAIT)
+			return got;
+		source_close(&s->source);
+	}
+}
+
+/* Both ways at once, until the server closes, or is silent behind the input's end. */
+static int converse_raw(struct sender *s)
+{
+	bool over = false;
+
+	for (;;) {
+		struct pollfd p[3] = { { s->link.in, POLLIN, 0 }, { -1, POLLOUT, 0 }, { -1, POLLIN, 0 } };
+		struct bsmtp_slice text = { NULL, 0 };
+		enum got got = over ? GOT_END : raw_input(s, &text);
+		ssize_t n;
+		over = got == GOT_END;
+		if (got == GOT_DATA) {
+			n = link_write(&s->link, text.at, text.len);
+			if (n == LINK_FAILED)
+				over = true;
+			if (n > 0)
+				source_taken(&s->source, (size_t)n);
+			p[1].fd = n == LINK_AGAIN ? s->link.out : -1;
+		}
+		p[2].fd = got == GOT_WAIT ? s->source.fd : -1;
+		n = poll(p, COUNT(p), got == GOT_DATA && p[1].fd < 0 ? 0 : !over ? -1 :
+		    (int)min_size((size_t)options.timeout_ms, INT_MAX));
+		if (n == 0 && over)
+			break;
+		if (n <= 0 || p[0].revents == 0)
+			continue;
+		n = link_read(&s->link, s->in, sizeof s->in);
+		if (n > 0)
+			print_raw(s, s->in, (size_t)n);
+		else if (n != LINK_AGAIN)
+			break;
+	}
+	if (s->raw_len > 0)
+		print_raw(s, "\n", 1);
+	return EX_OK;
+}
+
+static int send_raw(struct sender *s)
+{
+	int status = dial(s);
+
+	if (status != EX_OK)
+		return status;
+	status = converse_raw(s);
+	link_close(&s->link);
+	end_command(s);
+	return status;
+}
+
 static int send_main(void)
 {
 	struct sender *s = grow(NULL, sizeof *s);
@@ -6362,7 +6664,8 @@ static int send_main(void)
 		.tap = options.trace ? trace_tap : NULL,
 		.tap_context = &s->trace,
 	};
-	status = send_mail(s);
+	status = options.format == FORMAT_RAW ? send_raw(s) :
+	    options.output != NULL ? write_batch(s) : send_mail(s);
 	worst(&status, s->status);
 	worst(&status, s->source.status);
 	source_close(&s->source);
@@ -6882,7 +7185,10 @@ static void session_new(struct listener *l, struct link link, const struct socka
 	s->link = link;
 	s->last = &s->first;
 	s->start_us = s->progress_us = now_us();
-	name_address(s->peer, sizeof s->peer, sa, len);
+	if (link.in == link.out)
+		name_address(s->peer, sizeof s->peer, sa, len);
+	else
+		snprintf(s->peer, sizeof s->peer, "stdio");
 	map_host(sa, s->host);
 	s->trace.start_us = l->start_us;
 	s->trace.server = true;
@@ -7631,7 +7937,7 @@ static const char *parse_opening(const char *text, void *where)
 
 static const char *parse_format(const char *text, void *where)
 {
-	return parse_word(text, where, FORMATS, format_word);
+	return parse_word(text, where, FORMAT_RAW + 1, format_word);
 }
 
 /* Two words for a switch: the second sets it. */
@@ -7849,7 +8155,7 @@ static const struct option_row option_rows[] = {
 	{ SEND, 'f', "from", "ADDR", "envelope sender; <> is the null sender", parse_from, &options.from },
 	{ SEND, 'r', "to", "ADDR", "envelope recipient; repeatable, comma lists", parse_to, &options.to },
 	{ SEND, 't', "to-headers", NULL, "recipients from To, Cc, Bcc; Bcc is removed", parse_flag, &options.to_headers },
-	{ SEND, 0, "format", "F", "auto, message, mbox, maildir (auto)", parse_format, &options.format },
+	{ SEND, 0, "format", "F", "auto, message, mbox, maildir, batch, raw (auto)", parse_format, &options.format },
 	{ SEND, 0, "mbox-variant", "V", "how >From is un-escaped: rd, o (rd)", parse_variant, &options.mboxo },
 	{ SEND, 0, "mode", "M", "bsmtp, early, pipelining, lockstep (bsmtp)", parse_mode, &options.mode },
 	{ SEND, 0, "grace", "TIME", "how long to wait for a refusal (3 x connect + 200ms)", parse_grace, &options.grace_ms },
@@ -7859,6 +8165,7 @@ static const struct option_row option_rows[] = {
 	{ SEND, 0, "helo", "NAME", "who to say we are (this host)", parse_domain, &options.helo },
 	{ SEND, '4', "ipv4", NULL, "use IPv4 only", parse_ipv4, &options.family },
 	{ SEND, '6', "ipv6", NULL, "use IPv6 only", parse_ipv6, &options.family },
+	{ SEND, 'o', "output", "FILE", "write a batch (RFC 2442) instead; no network", parse_text, &options.output },
 	{ SEND, 0, "stop-after", "N", "give up after N refused messages", parse_positive, &options.stop_after },
 	{ SEND, 0, "keep-going", NULL, "never give up for refusals (the default)", parse_keep_going, &options.stop_after },
 	{ LISTEN, 'd', "maildir", "DIR", "store in a Maildir (./received)", parse_maildir, NULL },
@@ -8000,11 +8307,133 @@ static int check_listen(void)
 
 static int check_send(void)
 {
-	if (options.to.count == 0 && !options.to_headers) {
+	bool enveloped = options.format == FORMAT_AUTO || options.format == FORMAT_BATCH;
+
+	if (options.output != NULL && strcmp(options.output, "-") == 0 && options.json) {
+		diag("--output -: standard output is the batch: no --json");
+		return EX_USAGE;
+	}
+	/* A batch says who its messages are for; a person at a terminal has none. */
+	if (options.format != FORMAT_RAW && options.to.count == 0 && !options.to_headers &&
+	    (!enveloped || (options.operands.count == 0 && isatty(STDIN_FILENO)))) {
 		diag("no recipients: give --to ADDR, or -t to take them from the header");
 		return EX_USAGE;
 	}
 	return EX_OK;
+}
+
+/* ---- sendmail's ---- */
+
+/* The reverse-path or a forward-path as callers of sendmail write it. */
+static int sendmail_address(const char *text, bool from)
+{
+	char *whole = qualified(trim(slice_of(text)));
+	const char *wrong = from ? parse_from(whole, &options.from) :
+	    parse_to(strchr(text, ',') != NULL || strchr(text, '<') != NULL ? text : whole, &options.to);
+
+	if (wrong != NULL)
+		diag("%s: %s", text, wrong);
+	free(whole);
+	return wrong == NULL ? EX_OK : EX_USAGE;
+}
+
+/* DSN (RFC 3461): what goes with MAIL or RCPT, where the server offers it. */
+static void add_parameter(char **list, const char *name, const char *value)
+{
+	char text[512];
+
+	snprintf(text, sizeof text, "%s %s=%.200s", or_empty(*list), name, value);
+	free(*list);
+	*list = copy_slice(slice_of(text));
+}
+
+static int sendmail_mode(const char *mode)
+{
+	static const char relay[] = "exec \"$0\" -i -f \"$BSMTP_SENDER\" -- \"$@\"";
+
+	switch (mode[0]) {
+	case 'm':
+		return EX_OK;
+	case 's':               /* a dialogue: each message is sent on by one of us */
+		options.stdio = true;
+		(void)set_store(STORE_EXEC, relay);
+		return EX_OK;
+	case 'S':
+		options.format = FORMAT_BATCH;
+		return EX_OK;
+	default:
+		diag("-b%s: there is no queue here, and no such mode", mode);
+		return EX_USAGE;
+	}
+}
+
+static int sendmail_option(int letter, const char *value)
+{
+	switch (letter) {
+	case 't':
+		options.to_headers = true;
+		break;
+	case 'o':               /* -oem, -odb and so on mean nothing here */
+		if (strcmp(value, "i") != 0)
+			break;
+		/* fall through */
+	case 'i':
+		options.format = options.format == FORMAT_SENDMAIL ? FORMAT_MESSAGE : options.format;
+		break;
+	case 'f':
+	case 'r':
+		return sendmail_address(value, true);
+	case 'b':
+		return sendmail_mode(value);
+	case 'v':
+		options.trace = true;
+		break;
+	case 'N':
+		add_parameter(&options.rcpt_parameters, "NOTIFY", value);
+		break;
+	case 'R':
+		add_parameter(&options.parameters, "RET", value);
+		break;
+	case 'V':
+		add_parameter(&options.parameters, "ENVID", value);
+		break;
+	case 'q':
+		diag("-q: there is no queue here");
+		return EX_USAGE;
+	case '?':
+		return EX_USAGE;
+	default:                /* taken, and without meaning here */
+		break;
+	}
+	return EX_OK;
+}
+
+/* The contract of sendmail(8), as its callers use it: operands are recipients. */
+static int read_sendmail(int argc, char **argv, enum program *which)
+{
+	static const char letters[] = "+A:B:b:C:d:e:F:f:Gh:imN:no:O:p:q::R:r:stUV:vX:";
+	int status = read_environment(SEND), letter;
+
+	list_free(&options.to);
+	options.format = FORMAT_SENDMAIL;
+	while (status == EX_OK && (letter = getopt(argc, argv, letters)) != -1)
+		status = sendmail_option(letter, optarg);
+	for (int i = optind; i < argc && status == EX_OK; i++)
+		status = sendmail_address(argv[i], false);
+	*which = options.stdio ? LISTEN : SEND;
+	if (status == EX_OK && *which == SEND && options.format != FORMAT_BATCH &&
+	    options.to.count == 0 && !options.to_headers) {
+		diag("no recipients: give them as operands, or -t to take them from the header");
+		status = EX_USAGE;
+	}
+	return status;
+}
+
+static bool is_called(const char *path, const char *name)
+{
+	size_t n = strlen(path), k = strlen(name);
+
+	return n >= k && strcmp(path + n - k, name) == 0;
 }
 
 /* ==== 15 main ============================================================ */
@@ -8028,6 +8457,9 @@ static void free_options(void)
 	free(options.connect_command);
 	free(options.from);
 	free(options.helo);
+	free(options.output);
+	free(options.parameters);
+	free(options.rcpt_parameters);
 	free(options.store_path);
 	free(options.allow);
 	free(options.hostname);
@@ -8042,34 +8474,48 @@ static const char short_usage[] =
     "       bsmtp version\n"
     "bsmtp send --help and bsmtp listen --help list the options.\n";
 
-int main(int argc, char **argv)
+/* What the command line asks for: a program to run, or DONE, or what was wrong. */
+static int read_arguments(int argc, char **argv, enum program *which)
 {
+	static char name[] = "bsmtp";
 	const char *verb = argc > 1 ? argv[1] : "";
-	enum program which = strcmp(verb, "send") == 0 ? SEND : LISTEN;
-	char name[] = "bsmtp";
-	int status;
 
-	(void)signal(SIGPIPE, SIG_IGN);
+	if (is_called(argv[0], "sendmail")) {
+		options.called = argv[0];
+		return read_sendmail(argc, argv, which);
+	}
 	if (strcmp(verb, "version") == 0 || strcmp(verb, "--version") == 0) {
 		puts("bsmtp " BSMTP_VERSION);
-		return stdout_good() ? EX_OK : EX_IOERR;
+		return DONE;
 	}
 	if (strcmp(verb, "help") == 0 || strcmp(verb, "--help") == 0 || strcmp(verb, "-h") == 0) {
 		fputs(short_usage, stdout);
-		return stdout_good() ? EX_OK : EX_IOERR;
+		return DONE;
 	}
 	if (strcmp(verb, "send") != 0 && strcmp(verb, "listen") != 0) {
 		fputs(short_usage, stderr);
 		return EX_USAGE;
 	}
+	*which = strcmp(verb, "send") == 0 ? SEND : LISTEN;
 	argv[1] = name;                 /* getopt_long() signs its complaints with it */
+	return read_options(*which, argc - 1, argv + 1);
+}
+
+int main(int argc, char **argv)
+{
+	enum program which = SEND;
+	int status;
+
+	(void)signal(SIGPIPE, SIG_IGN);
 	set_defaults();
-	status = read_options(which, argc - 1, argv + 1);
+	status = read_arguments(argc, argv, &which);
 	if (status == EX_OK)
 		status = which == SEND ? check_send() : check_listen();
 	if (status == EX_OK)
 		status = which == SEND ? send_main() : listen_main();
+	else if (status == DONE)
+		status = stdout_good() ? EX_OK : EX_IOERR;
 	free_options();
-	return status == DONE ? EX_OK : status;
+	return status;
 }
 #endif /* BSMTP_NO_MAIN */
