@@ -298,19 +298,21 @@ ptrdiff_t bsmtp_reply_line_parse(struct bsmtp_reply_line *line, const char *in, 
 static bool is_domain_name(struct bsmtp_slice s, bool utf8)
 {
 	size_t label = 0;
+	bool ascii = true;
 
 	if (s.len == 0 || s.len > BSMTP_DOMAIN_MAX)
 		return false;
 	for (size_t i = 0; i < s.len; i++) {
 		char c = s.at[i];
 		bool inner = c == '-' && label > 0;
+		ascii = c != '.' ? ascii && !is_8bit(c) : true;
 		if (c == '.' && label > 0 && s.at[i - 1] != '-')
 			label = 0;
 		else if (is_alnum(c) || inner || (utf8 && is_8bit(c)))
 			label++;
 		else
 			return false;
-		if (label > 63 && !utf8)
+		if (label > 63 && ascii)        /* a U-label's limit is that of its A-label */
 			return false;
 	}
 	return label > 0 && s.at[s.len - 1] != '-' && (!utf8 || bsmtp_utf8_valid(s));
@@ -386,7 +388,7 @@ static bool is_address_literal(struct bsmtp_slice s)
 	if (tag == 0 || s.at[tag - 1] == '-' || tag + 1 >= s.len || s.at[tag] != ':')
 		return false;
 	for (size_t i = tag + 1; i < s.len; i++)
-		if (s.at[i] < '!' || s.at[i] > '~' || strchr("[\\]", s.at[i]) != NULL)
+		if (s.at[i] < '!' || s.at[i] > '~' || strchr("[\\]<>\"", s.at[i]) != NULL)
 			return false;
 	return true;
 }
@@ -1449,6 +1451,13 @@ static void write_reset(struct bsmtp_client *c)
 	c->unsure = false;
 }
 
+/* A refused DATA or BDAT may leave the transaction open (RFC 3030 2, Exim 4.96),
+ * and in a stream that is not known yet. */
+static bool needs_reset(const struct bsmtp_client *c)
+{
+	return c->unsure && !(c->offered & BSMTP_KEY_BSMTP);
+}
+
 /* Between commands: whether the next one may be written. */
 static enum bsmtp_want want_command(const struct bsmtp_client *c, enum bsmtp_want want)
 {
@@ -1510,11 +1519,9 @@ void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool 
 	struct text t = { parameters, 0, sizeof parameters - 1 };
 	unsigned keys = client_keys(c);
 
-	/* A refused DATA or BDAT may leave the transaction open (RFC 3030 2,
-	 * Exim 4.96), and in a stream that is not known yet. */
 	if (c->first)
 		c->sure = c->opened || mode_of(c)->opening != BSMTP_VERB_BSMTP;
-	if (!c->first && c->unsure && !(c->offered & BSMTP_KEY_BSMTP))
+	if (needs_reset(c))
 		write_reset(c);
 	put_string(&t, ">");
 	if (keys & BSMTP_KEY_8BITMIME)
@@ -1816,8 +1823,6 @@ static void answer_body(struct bsmtp_client *c, struct bsmtp_client_event *event
 	}
 	if (event->code / 100 == 2 && c->due_count == 0 && !c->writing)
 		c->unsure = false;
-	else if (c->lockstep && c->unsure && !(c->offered & BSMTP_KEY_BSMTP))
-		write_reset(c);
 	give_fate(c, event, true);
 }
 
@@ -1998,6 +2003,9 @@ static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event, uns
 	code = event->code;
 	answer_verb(c, event);
 	c->previous = code;
+	/* In lockstep RSET cannot go with the MAIL that it makes room for. */
+	if (c->lockstep && c->state == CLIENT_MAIL && c->due_count == 0 && needs_reset(c))
+		write_reset(c);
 }
 /* One line of a reply; its event, when it is the last. */
 static void reply_line(struct bsmtp_client *c, const struct bsmtp_reply_line *line, size_t len,
@@ -2505,7 +2513,7 @@ static void reset_transaction(struct bsmtp_server *s)
 static void abort_transaction(struct bsmtp_server *s, struct bsmtp_server_event *event)
 {
 	if (s->mail_ok)
-		event->type = BSMTP_SERVER_ABORT;
+		*event = (struct bsmtp_server_event){ .type = BSMTP_SERVER_ABORT };
 	reset_transaction(s);
 }
 
@@ -2766,6 +2774,7 @@ static void act_mail(struct bsmtp_server *s, struct call *call)
 		return;
 	}
 	s->mail_tried = true;
+	call->event->utf8 = call->event->eightbit = false;
 	used = path_argument(&rest, "FROM:") ? bsmtp_path_parse(&path, rest.at, rest.len,
 	    BSMTP_PATH_NULL | BSMTP_PATH_UTF8) : BSMTP_BAD;
 	if (s->hello == 0 && s->config->opening != BSMTP_OPENING_UNKNOWN)
@@ -3285,6 +3294,7 @@ struct cidr {
 	unsigned bits;
 };
 
+enum progress_when { PROGRESS_AUTO, PROGRESS_ALWAYS, PROGRESS_NEVER, PROGRESS_WHENS };
 enum format { FORMAT_AUTO, FORMAT_MESSAGE, FORMAT_MBOX, FORMAT_MAILDIR, FORMAT_BATCH, FORMAT_RAW,
 	FORMAT_SENDMAIL, FORMATS };
 enum store_kind { STORE_MAILDIR, STORE_EML, STORE_MBOX, STORE_BATCH, STORE_EXEC, STORE_DISCARD };
@@ -3298,7 +3308,8 @@ static struct options {
 	char *parameters, *rcpt_parameters;     /* that go with MAIL and with RCPT */
 	struct list to;
 	bool to_headers, mboxo, await_greeting, blind;
-	unsigned format, mode, framing;
+	unsigned format, mode, fallback, framing, progress;
+	char *peers;
 	int family;
 	bool grace_given;
 	uint64_t grace_ms, stop_after;
@@ -3667,6 +3678,7 @@ struct source {
 	struct bsmtp_batch batch;
 	struct envelope envelope;       /* of the next message, where a batch has it */
 	uint64_t offset;                /* of window[start] in the file */
+	uint64_t passed;                /* octets of the files before it */
 	size_t start, end;
 	struct bsmtp_slice text;        /* of the message, in the window */
 	/* the message */
@@ -3723,6 +3735,7 @@ static bool source_start(struct source *s, int fd)
 	s->regular = S_ISREG(st.st_mode);
 	s->size = s->regular ? (uint64_t)st.st_size : 0;
 	s->eof = s->in_message = s->ended = s->failed = false;
+	s->passed += s->offset;
 	s->offset = 0;
 	s->start = s->end = 0;
 	s->text.len = 0;
@@ -5428,6 +5441,9 @@ static void put_safe(FILE *f, struct bsmtp_slice s)
 	}
 }
 
+/* The line of --progress is on the terminal, without its end. */
+static bool progress_shown;
+
 /* One line on standard error: who, what, why. */
 static void diag(const char *format, ...)
 {
@@ -5438,7 +5454,8 @@ static void diag(const char *format, ...)
 	va_start(arguments, format);
 	n = vsnprintf(line, sizeof line, format, arguments);
 	va_end(arguments);
-	fputs("bsmtp: ", stderr);
+	fputs(progress_shown ? "\r\033[Kbsmtp: " : "bsmtp: ", stderr);
+	progress_shown = false;
 	if (n > 0)
 		put_safe(stderr, slice(line, min_size((size_t)n, sizeof line - 1)));
 	fputc('\n', stderr);
@@ -5540,6 +5557,48 @@ static bool stdout_good(void)
 	return fflush(stdout) == 0 && !ferror(stdout);
 }
 
+/* ---- progress ---- */
+
+struct progress {
+	int64_t start_us, shown_us;
+	uint64_t input;                 /* octets of input, where that is known; else 0 */
+	uint64_t messages, octets;      /* settled so far, and read */
+};
+
+enum { PROGRESS_AFTER_US = 1000000, PROGRESS_EACH_US = 200000 };
+
+static void progress_line(const struct progress *p, int64_t now)
+{
+	double seconds = (double)(now - p->start_us) / 1e6, rate = (double)p->octets / seconds;
+	uint64_t left = p->input > p->octets && rate > 0 ?
+	    (uint64_t)((double)(p->input - p->octets) / rate) : 0;
+
+	fprintf(stderr, "\r\033[K%llu messages, %.1f MB, %.1f MB/s", (unsigned long long)p->messages,
+	    (double)p->octets / 1e6, rate / 1e6);
+	if (left > 0)
+		fprintf(stderr, ", %llu:%02u left", (unsigned long long)left / 60, (unsigned)(left % 60));
+	progress_shown = true;
+}
+
+/* Now and then; `end`: the last line, which stays where there was one. */
+static void progress(struct progress *p, bool end)
+{
+	int64_t now = now_us();
+	bool due = options.progress == PROGRESS_ALWAYS || now - p->start_us > PROGRESS_AFTER_US;
+
+	if (options.progress == PROGRESS_NEVER || (options.progress == PROGRESS_AUTO &&
+	    !isatty(STDERR_FILENO)))
+		return;
+	if (end ? !due : !due || now - p->shown_us < PROGRESS_EACH_US)
+		return;
+	p->shown_us = now;
+	progress_line(p, now > p->start_us ? now : now + 1);
+	if (!end)
+		return;
+	fputc('\n', stderr);
+	progress_shown = false;
+}
+
 /* ==== 12 send ============================================================ */
 
 /* A message in flight: begun, its fate not known. */
@@ -5562,28 +5621,41 @@ struct letter {
 /* What all letters in flight may take together; with it, memory is bounded. */
 enum { FLIGHT_MAX = 1536 << 10 };
 
+/* One connection to the server. */
+struct dialogue {
+	struct link link;
+	pid_t child;                    /* the command of --connect-command, or 0 */
+	int64_t dial_us, progress_us, grace_start_us;
+	uint64_t transactions;
+	bool greeted, grace_waited, turned, half_closed;
+	bool agreed;                    /* the opening was reported */
+	bool broken;                    /* nothing can be written any more */
+	bool cut;                       /* a body has no end, and no way to say so */
+	bool gave_up;                   /* the end is ours, not the server's */
+	bool again;                     /* another is to follow it */
+};
+
 struct sender {
 	struct source source;
 	struct bsmtp_client client;
 	struct bsmtp_client_config config;
 	struct trace trace;
-	struct link link;
-	pid_t child;                    /* the command of --connect-command, or 0 */
+	struct dialogue on;
+	struct progress progress;
 	char peer[128];
 	struct letter *first, **last;   /* in flight, in order */
 	struct letter *current;         /* being read: the last of them, or dropped */
 	struct header header;           /* of the message that comes next */
 	size_t weight, rcpt;
 	uint64_t n, counts[BSMTP_FATES], octets, turnarounds, refused, strays;
-	int64_t start_us, dial_us, progress_us, grace_start_us, connect_us, grace_us;
+	int64_t start_us, connect_us, grace_us;
 	uint64_t doubt_first, doubt_last;       /* numbers of the unknown, of this run */
 	bool ready;                     /* a message waits to be begun */
 	bool dropping;                  /* the current letter was never in flight */
-	bool broken;                    /* nothing can be written any more */
-	bool cut;                       /* a body has no end, and no way to say so */
-	bool gave_up;                   /* the end is ours, not the server's */
-	bool source_waits, source_over, turned, half_closed, greeted, grace_waited, hopeless,
-	    agreed;
+	bool source_waits, source_over;
+	bool automatic, remembered;     /* --mode auto, and what it recalls */
+	enum bsmtp_mode fallback;       /* BSMTP_MODES: none, or none any more */
+	bool hopeless;                  /* what was not sent is refused for good */
 	int status;
 	char out[OUT_SIZE];
 	unsigned char due[DUE_SIZE];
@@ -5796,6 +5868,7 @@ static void judge(struct sender *s, struct letter *l, const struct bsmtp_client_
 	(void)verdicts_of(l);
 	settle_recipients(s, l, e);
 	s->counts[e->fate]++;
+	s->progress.messages++;
 	if (e->fate == BSMTP_DELIVERED)
 		s->octets += l->octets;
 	diag_letter(s, l, e);
@@ -5841,9 +5914,9 @@ static void keep_rcpt(struct sender *s, const struct bsmtp_client_event *e)
 
 static void report_opening(struct sender *s, const char *agreed)
 {
-	if (s->agreed || s->link.in < 0)
+	if (s->on.agreed || s->on.link.in < 0)
 		return;
-	s->agreed = true;
+	s->on.agreed = true;
 	trace_note(&s->trace, "agreed by %s", agreed);
 	if (!options.json)
 		return;
@@ -5864,18 +5937,140 @@ static void diag_session(struct sender *s, const struct bsmtp_client_event *e, c
 	diag("%s: %s%s%s", s->peer, bsmtp_error_text(e->error), reply, hint);
 }
 
+/* ---- prearrangement, remembered ---- */
+
+enum { PEERS_MAX = 1 << 20 };   /* octets of the peers file that are read */
+
+/* The file: --peers, else where such files are kept; "" where there is no home. */
+static void peers_path(char *path, size_t size)
+{
+	const char *state = getenv("XDG_STATE_HOME"), *home = getenv("HOME");
+	bool absolute = state != NULL && *state == '/';
+
+	if (options.peers != NULL)
+		snprintf(path, size, "%s", options.peers);
+	else if (absolute || (home != NULL && *home == '/'))
+		snprintf(path, size, "%s%s/bsmtp/peers", absolute ? state : home,
+		    absolute ? "" : "/.local/state");
+	else
+		*path = '\0';
+}
+
+/* The lines of the file but that of this peer, and whether it was there. */
+static char *read_peers(const char *path, const char *peer, bool *there)
+{
+	FILE *f = fopen(path, "r");
+	char *rest = grow(NULL, PEERS_MAX), line[512];
+	size_t len = 0;
+
+	*there = false;
+	while (f != NULL && fgets(line, sizeof line, f) != NULL && len + sizeof line < PEERS_MAX) {
+		struct bsmtp_slice name = trim(slice_of(line));
+		if (same(name, peer))
+			*there = true;
+		else if (name.len > 0)
+			len += (size_t)snprintf(rest + len, PEERS_MAX - len, "%.*s\n", (int)name.len, name.at);
+	}
+	rest[len] = '\0';
+	if (f != NULL)
+		(void)fclose(f);
+	return rest;
+}
+
+static void make_folders(const char *path)
+{
+	char dir[PATH_MAX];
+
+	for (size_t i = 1; path[i] != '\0'; i++)
+		if (path[i] == '/') {
+			snprintf(dir, sizeof dir, "%.*s", (int)i, path);
+			(void)mkdir(dir, 0700);
+		}
+}
+
+/* Writes the file anew, with this peer or without it; whole or not at all. */
+static void write_peers(const char *path, const char *rest, const char *peer)
+{
+	char tmp[PATH_MAX + 32];
+	FILE *f;
+
+	make_folders(path);
+	snprintf(tmp, sizeof tmp, "%s.%ld", path, (long)getpid());
+	f = fopen(tmp, "w");
+	if (f != NULL) {
+		fprintf(f, "%s%s%s", rest, peer, *peer != '\0' ? "\n" : "");
+		if (fclose(f) == 0 && rename(tmp, path) == 0)
+			return;
+		(void)unlink(tmp);
+	}
+	diag("%s: %s", path, strerror(errno));
+}
+
+/* Whether the peer is known to speak BSMTP; changes that when it is told to. */
+static bool recall_peer(const struct sender *s, bool change, bool speaks)
+{
+	char path[PATH_MAX], *rest;
+	bool known;
+
+	peers_path(path, sizeof path);
+	if (!s->automatic || *path == '\0')
+		return false;
+	rest = read_peers(path, options.server, &known);
+	if (change && known != speaks)
+		write_peers(path, rest, speaks ? options.server : "");
+	free(rest);
+	return known;
+}
+
+static void forget_peer(struct sender *s, enum bsmtp_error error)
+{
+	if (error == BSMTP_E_REFUSED && s->config.mode == BSMTP_MODE_BSMTP)
+		(void)recall_peer(s, true, false);
+}
+
+/* --mode auto: a peer that is known opens with BSMTP and waits for nothing, any
+ * other with EHLO, whose reply may make it known. */
+static void choose_mode(struct sender *s)
+{
+	if (!s->automatic)
+		return;
+	s->remembered = recall_peer(s, false, false);
+	s->config.mode = s->remembered ? BSMTP_MODE_BSMTP : BSMTP_MODE_PIPELINING;
+	s->config.no_grace = s->remembered || s->config.no_grace;
+	if (s->remembered && s->fallback == BSMTP_MODES)
+		s->fallback = BSMTP_MODE_PIPELINING;
+}
+
+/* Whether the opening is another one now: that of --fallback, on a new connection.
+ * Only where nothing was streamed. */
+static bool falls_back(struct sender *s)
+{
+	if (s->fallback == BSMTP_MODES)
+		return false;
+	trace_note(&s->trace, "refused: trying again in mode %s", bsmtp_mode_name(s->fallback));
+	s->config.mode = s->fallback;
+	s->config.no_grace = false;
+	s->fallback = BSMTP_MODES;
+	return true;
+}
+
 static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 {
 	bool retry = e->error == BSMTP_E_REFUSED && s->config.mode == BSMTP_MODE_BSMTP;
 
+	forget_peer(s, e->error);
+	if (e->error == BSMTP_E_REFUSED && !e->late && falls_back(s)) {
+		s->on.again = true;
+		return;
+	}
 	diag_session(s, e, retry ? " (does it speak BSMTP? else try --mode pipelining)" : "");
 	/* What a late 4yz has left undone shows in the messages' fates. */
 	if (e->error == BSMTP_E_REFUSED || !e->late)
 		worst(&s->status, e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL : EX_UNAVAILABLE);
 	s->hopeless = e->error == BSMTP_E_REFUSED;
-	if (e->late && !s->half_closed) {
-		s->half_closed = true;
-		link_finish(&s->link);
+	if (e->late && !s->on.half_closed) {
+		s->on.half_closed = true;
+		link_finish(&s->on.link);
 	}
 }
 
@@ -5891,7 +6086,7 @@ static void on_error(struct sender *s, const struct bsmtp_client_event *e)
 		trace_note(&s->trace, "%s", bsmtp_error_text(e->error));
 		return;
 	}
-	if (!s->gave_up)
+	if (!s->on.gave_up)
 		diag_session(s, e, "");
 	worst(&s->status, e->error == BSMTP_E_CLOSED || e->error == BSMTP_E_STOPPED ?
 	    EX_TEMPFAIL : EX_PROTOCOL);
@@ -5905,13 +6100,15 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 		break;
 	case BSMTP_CLIENT_GREETING:
 		/* What a command connects to is there only now. */
-		if (s->child > 0)
-			s->connect_us = now_us() - s->dial_us;
-		s->greeted = true;
+		if (s->on.child > 0)
+			s->connect_us = now_us() - s->on.dial_us;
+		s->on.greeted = true;
 		break;
 	case BSMTP_CLIENT_OPENED:
 		if (bsmtp_client_in_lockstep(&s->client) && s->config.mode != BSMTP_MODE_LOCKSTEP)
 			trace_note(&s->trace, "no PIPELINING there: going on in lockstep");
+		if (bsmtp_client_offered(&s->client) & BSMTP_KEY_BSMTP)
+			(void)recall_peer(s, true, true);
 		report_opening(s, "reply");
 		break;
 	case BSMTP_CLIENT_REFUSED:
@@ -5921,7 +6118,7 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 		keep_rcpt(s, e);
 		break;
 	case BSMTP_CLIENT_MESSAGE:
-		report_opening(s, "grace");
+		report_opening(s, s->remembered ? "remembered" : "grace");
 		settle(s, e);
 		break;
 	case BSMTP_CLIENT_ERROR:
@@ -6062,14 +6259,14 @@ static bool write_body(struct sender *s)
 	case GOT_WAIT:
 		return false;
 	case GOT_ERROR:                 /* what was read of it must not count */
-		s->cut = !bsmtp_client_abandon(&s->client);
+		s->on.cut = !bsmtp_client_abandon(&s->client);
 		break;
 	case GOT_END:
 		bsmtp_client_body_end(&s->client);
 		break;
 	}
 	s->current = NULL;
-	return !s->cut;
+	return !s->on.cut;
 }
 
 /* One thing that the engine wants; false when it must wait. */
@@ -6119,18 +6316,18 @@ static void flush_out(struct sender *s)
 	size_t len;
 	const char *out;
 
-	while (out = bsmtp_client_out(&s->client, &len), len > 0 && !s->broken) {
-		ssize_t n = link_write(&s->link, out, len);
+	while (out = bsmtp_client_out(&s->client, &len), len > 0 && !s->on.broken) {
+		ssize_t n = link_write(&s->on.link, out, len);
 		if (n == LINK_AGAIN)
 			return;
 		if (n == LINK_FAILED) {
 			trace_note(&s->trace, "writing: %s", strerror(errno));
-			s->broken = true;       /* what it said before is still to be read */
+			s->on.broken = true;       /* what it said before is still to be read */
 			return;
 		}
 		bsmtp_client_sent(&s->client, (size_t)n);
-		s->progress_us = now_us();
-		s->turned = false;
+		s->on.progress_us = now_us();
+		s->on.turned = false;
 	}
 }
 
@@ -6142,11 +6339,11 @@ static void count_turnaround(struct sender *s)
 	size_t len;
 
 	(void)bsmtp_client_out(&s->client, &len);
-	if (s->turned || len > 0 || s->half_closed || s->broken || s->cut)
+	if (s->on.turned || len > 0 || s->on.half_closed || s->on.broken || s->on.cut)
 		return;
 	if (want != BSMTP_WANT_REPLY && want != BSMTP_WANT_GRACE && s->weight <= FLIGHT_MAX)
 		return;
-	s->turned = true;
+	s->on.turned = true;
 	s->turnarounds++;
 	trace_note(&s->trace, "turnaround %llu", (unsigned long long)s->turnarounds);
 }
@@ -6166,16 +6363,16 @@ static int64_t wait_until(struct sender *s)
 	enum bsmtp_want want = bsmtp_client_want(&s->client);
 	size_t len;
 
-	if (want == BSMTP_WANT_GRACE && (s->child == 0 || s->greeted)) {
-		if (!s->grace_waited)
-			s->grace_start_us = now_us();
-		s->grace_waited = true;
-		return s->grace_start_us + grace_length(s);
+	if (want == BSMTP_WANT_GRACE && (s->on.child == 0 || s->on.greeted)) {
+		if (!s->on.grace_waited)
+			s->on.grace_start_us = now_us();
+		s->on.grace_waited = true;
+		return s->on.grace_start_us + grace_length(s);
 	}
 	(void)bsmtp_client_out(&s->client, &len);
 	if (s->source_waits && len == 0 && bsmtp_client_owed(&s->client) == 0)
 		return 0;
-	return s->progress_us + (int64_t)options.timeout_ms * 1000;
+	return s->on.progress_us + (int64_t)options.timeout_ms * 1000;
 }
 
 static void session_over(struct sender *s)
@@ -6188,10 +6385,10 @@ static void session_over(struct sender *s)
 
 static void on_time(struct sender *s)
 {
-	if (bsmtp_client_want(&s->client) == BSMTP_WANT_GRACE && s->grace_waited) {
-		s->grace_us = now_us() - s->grace_start_us;
+	if (bsmtp_client_want(&s->client) == BSMTP_WANT_GRACE && s->on.grace_waited) {
+		s->grace_us = now_us() - s->on.grace_start_us;
 		bsmtp_client_grace_over(&s->client);
-		s->progress_us = now_us();
+		s->on.progress_us = now_us();
 		report_opening(s, "grace");
 		return;
 	}
@@ -6199,18 +6396,18 @@ static void on_time(struct sender *s)
 		diag("%s: silent for %.3g s, giving up", s->peer, (double)options.timeout_ms / 1e3);
 		worst(&s->status, EX_TEMPFAIL);
 	}
-	s->gave_up = true;
+	s->on.gave_up = true;
 	session_over(s);
 }
 
 static void read_replies(struct sender *s)
 {
-	ssize_t n = link_read(&s->link, s->in, sizeof s->in);
+	ssize_t n = link_read(&s->on.link, s->in, sizeof s->in);
 	size_t used = 0;
 
 	if (n == LINK_AGAIN)
 		return;
-	s->progress_us = now_us();
+	s->on.progress_us = now_us();
 	if (n <= 0) {
 		if (n < 0)
 			trace_note(&s->trace, "reading: %s", strerror(errno));
@@ -6221,22 +6418,22 @@ static void read_replies(struct sender *s)
 		struct bsmtp_client_event e;
 		bool grace = bsmtp_client_want(&s->client) == BSMTP_WANT_GRACE;
 		used += bsmtp_client_in(&s->client, s->in + used, (size_t)n - used, &e);
-		if (grace && s->grace_waited && bsmtp_client_want(&s->client) != BSMTP_WANT_GRACE)
-			s->grace_us = now_us() - s->grace_start_us;
+		if (grace && s->on.grace_waited && bsmtp_client_want(&s->client) != BSMTP_WANT_GRACE)
+			s->grace_us = now_us() - s->on.grace_start_us;
 		on_event(s, &e);
 	}
 }
 
 static void wait_for_more(struct sender *s)
 {
-	struct pollfd p[3] = { { s->link.in, POLLIN, 0 }, { -1, POLLOUT, 0 }, { -1, POLLIN, 0 } };
+	struct pollfd p[3] = { { s->on.link.in, POLLIN, 0 }, { -1, POLLOUT, 0 }, { -1, POLLIN, 0 } };
 	int64_t until = wait_until(s), left = until - now_us();
 	size_t len;
 	int n;
 
 	(void)bsmtp_client_out(&s->client, &len);
-	if (len > 0 && !s->broken)
-		p[1].fd = s->link.out;
+	if (len > 0 && !s->on.broken)
+		p[1].fd = s->on.link.out;
 	if (s->source_waits)
 		p[2].fd = s->source.fd;
 	if (options.json)
@@ -6244,31 +6441,53 @@ static void wait_for_more(struct sender *s)
 	n = poll(p, COUNT(p), until == 0 ? -1 : left <= 0 ? 0 :
 	    left > 3600000000 ? 3600000 : (int)((left + 999) / 1000));
 	if (until == 0)                 /* nothing was due: silence begins now */
-		s->progress_us = now_us();
+		s->on.progress_us = now_us();
 	if (n > 0 && p[0].revents != 0)
 		read_replies(s);
 	else if (n == 0 && until != 0 && now_us() >= until)
 		on_time(s);
 }
 
+static void show_progress(struct sender *s)
+{
+	s->progress.octets = s->source.passed + s->source.offset;
+	progress(&s->progress, false);
+}
+
+/* The octets of all inputs, where all are files of a known size. */
+static uint64_t input_size(void)
+{
+	uint64_t size = 0;
+	struct stat st;
+
+	for (size_t i = 0; i < options.operands.count; i++) {
+		if (stat(options.operands.items[i], &st) != 0 || !S_ISREG(st.st_mode))
+			return 0;
+		size += (uint64_t)st.st_size;
+	}
+	return size;
+}
+
 static void converse(struct sender *s)
 {
 	while (bsmtp_client_want(&s->client) != BSMTP_WANT_NOTHING) {
 		size_t len;
-		while (!s->broken && !s->cut && write_step(s))
+		while (!s->on.broken && !s->on.cut && write_step(s))
 			;
 		flush_out(s);
 		(void)bsmtp_client_out(&s->client, &len);
-		if (len == 0 && !s->broken && !s->cut && !s->source_waits && s->weight <= FLIGHT_MAX &&
+		if (len == 0 && !s->on.broken && !s->on.cut && !s->source_waits && s->weight <= FLIGHT_MAX &&
 		    bsmtp_client_want(&s->client) < BSMTP_WANT_GRACE) {
 			read_replies(s);        /* what is there; it does not wait */
+			show_progress(s);
 			continue;
 		}
-		if ((s->broken || (s->cut && len == 0)) && !s->half_closed) {
-			s->half_closed = true;
-			link_finish(&s->link);
+		if ((s->on.broken || (s->on.cut && len == 0)) && !s->on.half_closed) {
+			s->on.half_closed = true;
+			link_finish(&s->on.link);
 		}
 		count_turnaround(s);
+		show_progress(s);
 		wait_for_more(s);
 	}
 }
@@ -6315,6 +6534,8 @@ static void report_summary(struct sender *s)
 
 	for (int fate = 0; fate < BSMTP_FATES; fate++)
 		messages += s->counts[fate];
+	s->progress.octets = s->source.passed + s->source.offset;
+	progress(&s->progress, true);
 	diag_doubt(s);
 	if (s->counts[BSMTP_UNSENT] > 0 && options.output == NULL)
 		diag("%llu of %llu messages were not sent",
@@ -6330,7 +6551,7 @@ static void report_summary(struct sender *s)
 	    "\"grace_seconds\":%.3f,\"stray_cr\":%llu}\n", (unsigned long long)s->octets,
 	    (double)(now_us() - s->start_us) / 1e6, (unsigned long long)s->turnarounds,
 	    (double)s->connect_us / 1e6, (double)s->grace_us / 1e6,
-	    (unsigned long long)(s->strays + bsmtp_client_strays(&s->client)));
+	    (unsigned long long)s->strays);
 }
 
 /* ---- the stream at rest ---- */
@@ -6435,18 +6656,18 @@ static int dial_command(struct sender *s)
 
 	snprintf(s->peer, sizeof s->peer, "%s", options.connect_command);
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0 || !set_flags(pair[0]) ||
-	    (s->child = fork()) < 0) {
+	    (s->on.child = fork()) < 0) {
 		diag("%s: %s", s->peer, strerror(errno));
 		return EX_OSERR;
 	}
-	if (s->child == 0) {
+	if (s->on.child == 0) {
 		(void)signal(SIGPIPE, SIG_DFL);
 		if (dup2(pair[1], STDIN_FILENO) >= 0 && dup2(pair[1], STDOUT_FILENO) >= 0)
 			execl("/bin/sh", "sh", "-c", options.connect_command, (char *)NULL);
 		_exit(127);
 	}
 	close(pair[1]);
-	s->link = (struct link){ pair[0], pair[0] };
+	s->on.link = (struct link){ pair[0], pair[0] };
 	trace_note(&s->trace, "started: %s", options.connect_command);
 	return EX_OK;
 }
@@ -6456,7 +6677,7 @@ static void end_command(struct sender *s)
 {
 	int how = 0;
 
-	if (s->child <= 0 || waitpid(s->child, &how, 0) != s->child || how == 0)
+	if (s->on.child <= 0 || waitpid(s->on.child, &how, 0) != s->on.child || how == 0)
 		return;
 	if (WIFEXITED(how))
 		diag("%s: exit status %d", s->peer, WEXITSTATUS(how));
@@ -6474,7 +6695,7 @@ static int dial_address(struct sender *s, const struct addrinfo *found)
 		diag("%s: %s", options.server, strerror(errno));
 		return EX_TEMPFAIL;
 	}
-	s->link = (struct link){ fd, fd };
+	s->on.link = (struct link){ fd, fd };
 	if (found->ai_family != AF_UNIX && getpeername(fd, (struct sockaddr *)(void *)&peer, &len) == 0)
 		name_address(s->peer, sizeof s->peer, (struct sockaddr *)(void *)&peer, len);
 	trace_note(&s->trace, "connected to %s in %.3f ms", s->peer, (double)s->connect_us / 1e3);
@@ -6524,9 +6745,31 @@ static bool lacks_recipients(const struct sender *s)
 	    s->source.status == EX_OK);
 }
 
+/* One connection, from the call to the last reply; the exit status of having none. */
+static int hold_dialogue(struct sender *s)
+{
+	int status;
+
+	memset(&s->on, 0, sizeof s->on);
+	s->on.link = (struct link){ -1, -1 };
+	s->on.dial_us = now_us();
+	status = dial(s);
+	if (status != EX_OK)
+		return status;
+	s->on.progress_us = now_us();
+	bsmtp_client_init(&s->client, &s->config, s->out, sizeof s->out, s->due, sizeof s->due);
+	if (s->config.no_grace && s->config.mode == BSMTP_MODE_BSMTP && !s->config.await_greeting)
+		trace_note(&s->trace, "no grace");
+	converse(s);
+	s->strays += bsmtp_client_strays(&s->client);
+	link_close(&s->on.link);
+	end_command(s);
+	return EX_OK;
+}
+
 static int send_mail(struct sender *s)
 {
-	int dialled;
+	int status;
 
 	await_message(s);       /* no connection before there is something to send */
 	if (lacks_recipients(s)) {
@@ -6539,20 +6782,12 @@ static int send_mail(struct sender *s)
 		report_summary(s);
 		return EX_OK;
 	}
-	s->dial_us = now_us();
-	dialled = dial(s);
-	if (dialled == EX_USAGE)
-		return dialled;
-	worst(&s->status, dialled);
-	s->progress_us = now_us();
-	if (dialled == EX_OK) {
-		bsmtp_client_init(&s->client, &s->config, s->out, sizeof s->out, s->due, sizeof s->due);
-		if (s->config.no_grace && s->config.mode == BSMTP_MODE_BSMTP && !s->config.await_greeting)
-			trace_note(&s->trace, "no grace");
-		converse(s);
-		link_close(&s->link);
-		end_command(s);
-	}
+	do
+		status = hold_dialogue(s);
+	while (status == EX_OK && s->on.again);
+	if (status == EX_USAGE)
+		return status;
+	worst(&s->status, status);
 	settle_rest(s);
 	report_summary(s);
 	return s->status;
@@ -6600,18 +6835,18 @@ static int converse_raw(struct sender *s)
 	bool over = false;
 
 	for (;;) {
-		struct pollfd p[3] = { { s->link.in, POLLIN, 0 }, { -1, POLLOUT, 0 }, { -1, POLLIN, 0 } };
+		struct pollfd p[3] = { { s->on.link.in, POLLIN, 0 }, { -1, POLLOUT, 0 }, { -1, POLLIN, 0 } };
 		struct bsmtp_slice text = { NULL, 0 };
 		enum got got = over ? GOT_END : raw_input(s, &text);
 		ssize_t n;
 		over = got == GOT_END;
 		if (got == GOT_DATA) {
-			n = link_write(&s->link, text.at, text.len);
+			n = link_write(&s->on.link, text.at, text.len);
 			if (n == LINK_FAILED)
 				over = true;
 			if (n > 0)
 				source_taken(&s->source, (size_t)n);
-			p[1].fd = n == LINK_AGAIN ? s->link.out : -1;
+			p[1].fd = n == LINK_AGAIN ? s->on.link.out : -1;
 		}
 		p[2].fd = got == GOT_WAIT ? s->source.fd : -1;
 		n = poll(p, COUNT(p), got == GOT_DATA && p[1].fd < 0 ? 0 : !over ? -1 :
@@ -6620,7 +6855,7 @@ static int converse_raw(struct sender *s)
 			break;
 		if (n <= 0 || p[0].revents == 0)
 			continue;
-		n = link_read(&s->link, s->in, sizeof s->in);
+		n = link_read(&s->on.link, s->in, sizeof s->in);
 		if (n > 0)
 			print_raw(s, s->in, (size_t)n);
 		else if (n != LINK_AGAIN)
@@ -6638,7 +6873,7 @@ static int send_raw(struct sender *s)
 	if (status != EX_OK)
 		return status;
 	status = converse_raw(s);
-	link_close(&s->link);
+	link_close(&s->on.link);
 	end_command(s);
 	return status;
 }
@@ -6650,8 +6885,11 @@ static int send_main(void)
 
 	memset(s, 0, sizeof *s);
 	s->last = &s->first;
-	s->link = (struct link){ -1, -1 };
-	s->start_us = s->trace.start_us = now_us();
+	s->on.link = (struct link){ -1, -1 };
+	s->automatic = options.mode == BSMTP_MODES;
+	s->fallback = (enum bsmtp_mode)options.fallback;
+	s->start_us = s->trace.start_us = s->progress.start_us = now_us();
+	s->progress.input = input_size();
 	s->source.head = grow(NULL, HEAD_MAX);
 	s->source.window = grow(NULL, WINDOW_SIZE);
 	s->config = (struct bsmtp_client_config){
@@ -6664,6 +6902,7 @@ static int send_main(void)
 		.tap = options.trace ? trace_tap : NULL,
 		.tap_context = &s->trace,
 	};
+	choose_mode(s);
 	status = options.format == FORMAT_RAW ? send_raw(s) :
 	    options.output != NULL ? write_batch(s) : send_mail(s);
 	worst(&status, s->status);
@@ -7913,6 +8152,17 @@ static const char *parse_word(const char *text, unsigned *where, unsigned count,
 
 static const char *mode_word(unsigned i) { return bsmtp_mode_name((enum bsmtp_mode)i); }
 static const char *framing_word(unsigned i) { return bsmtp_framing_name((enum bsmtp_framing)i); }
+static const char *progress_word(unsigned i)
+{
+	static const char *const words[] = { "auto", "always", "never" };
+	return words[i];
+}
+
+static const char *parse_progress(const char *text, void *where)
+{
+	return parse_word(text, where, PROGRESS_WHENS, progress_word);
+}
+
 static const char *opening_word(unsigned i) { return bsmtp_opening_name((enum bsmtp_opening)i); }
 
 static const char *format_word(unsigned i)
@@ -7921,6 +8171,15 @@ static const char *format_word(unsigned i)
 }
 
 static const char *parse_mode(const char *text, void *where)
+{
+	if (strcmp(text, "auto") == 0) {
+		*(unsigned *)where = BSMTP_MODES;
+		return NULL;
+	}
+	return parse_word(text, where, BSMTP_MODES, mode_word);
+}
+
+static const char *parse_fallback(const char *text, void *where)
 {
 	return parse_word(text, where, BSMTP_MODES, mode_word);
 }
@@ -8155,17 +8414,20 @@ static const struct option_row option_rows[] = {
 	{ SEND, 'f', "from", "ADDR", "envelope sender; <> is the null sender", parse_from, &options.from },
 	{ SEND, 'r', "to", "ADDR", "envelope recipient; repeatable, comma lists", parse_to, &options.to },
 	{ SEND, 't', "to-headers", NULL, "recipients from To, Cc, Bcc; Bcc is removed", parse_flag, &options.to_headers },
-	{ SEND, 0, "format", "F", "auto, message, mbox, maildir, batch, raw (auto)", parse_format, &options.format },
-	{ SEND, 0, "mbox-variant", "V", "how >From is un-escaped: rd, o (rd)", parse_variant, &options.mboxo },
-	{ SEND, 0, "mode", "M", "bsmtp, early, pipelining, lockstep (bsmtp)", parse_mode, &options.mode },
+	{ SEND, 0, "format", "auto|message|mbox|maildir|batch|raw", "what the input is (auto)", parse_format, &options.format },
+	{ SEND, 0, "mbox-variant", "rd|o", "how >From is un-escaped (rd)", parse_variant, &options.mboxo },
+	{ SEND, 0, "mode", "bsmtp|early|pipelining|lockstep|auto", "the manner (bsmtp)", parse_mode, &options.mode },
+	{ SEND, 0, "fallback", "early|pipelining|lockstep", "the manner to try when BSMTP is refused", parse_fallback, &options.fallback },
+	{ SEND, 0, "peers", "FILE", "who speaks BSMTP, for --mode auto", parse_text, &options.peers },
 	{ SEND, 0, "grace", "TIME", "how long to wait for a refusal (3 x connect + 200ms)", parse_grace, &options.grace_ms },
 	{ SEND, 0, "await-greeting", NULL, "wait for the greeting before opening", parse_flag, &options.await_greeting },
-	{ SEND, 0, "framing", "F", "auto, bdat, data (auto)", parse_framing, &options.framing },
+	{ SEND, 0, "framing", "auto|bdat|data", "how bodies are sent (auto)", parse_framing, &options.framing },
 	{ SEND, 0, "blind", NULL, "send the body behind DATA without waiting for 354", parse_flag, &options.blind },
 	{ SEND, 0, "helo", "NAME", "who to say we are (this host)", parse_domain, &options.helo },
 	{ SEND, '4', "ipv4", NULL, "use IPv4 only", parse_ipv4, &options.family },
 	{ SEND, '6', "ipv6", NULL, "use IPv6 only", parse_ipv6, &options.family },
 	{ SEND, 'o', "output", "FILE", "write a batch (RFC 2442) instead; no network", parse_text, &options.output },
+	{ SEND, 0, "progress", "auto|always|never", "show it on standard error (auto)", parse_progress, &options.progress },
 	{ SEND, 0, "stop-after", "N", "give up after N refused messages", parse_positive, &options.stop_after },
 	{ SEND, 0, "keep-going", NULL, "never give up for refusals (the default)", parse_keep_going, &options.stop_after },
 	{ LISTEN, 'd', "maildir", "DIR", "store in a Maildir (./received)", parse_maildir, NULL },
@@ -8175,19 +8437,19 @@ static const struct option_row option_rows[] = {
 	{ LISTEN, 0, "exec", "CMD", "run CMD for each message", parse_exec, NULL },
 	{ LISTEN, 0, "discard", NULL, "store nothing", parse_discard, NULL },
 	{ LISTEN, 0, "allow", "CIDR", "who may speak; repeatable (loopback)", parse_cidr, NULL },
-	{ LISTEN, 0, "smtp", "WORD", "EHLO and HELO sessions: allow, deny (allow)", parse_smtp, &options.no_smtp },
+	{ LISTEN, 0, "smtp", "allow|deny", "EHLO and HELO sessions (allow)", parse_smtp, &options.no_smtp },
 	{ LISTEN, 0, "hostname", "NAME", "who to say we are (this host)", parse_domain, &options.hostname },
 	{ LISTEN, 0, "max-size", "SIZE", "octets of a message (64m)", parse_size, &options.max_size },
 	{ LISTEN, 0, "max-recipients", "N", "recipients of a message (1000)", parse_some, &options.max_recipients },
 	{ LISTEN, 0, "max-connections", "N", "sessions at a time (1000)", parse_some, &options.max_connections },
 	{ LISTEN, 0, "max-per-peer", "N", "sessions at a time from one address (no limit)", parse_positive, &options.max_per_peer },
-	{ LISTEN, 0, "bare-newlines", "WORD", "bodies with bare CR or LF: reject, normalize (reject)", parse_newlines, &options.normalize },
+	{ LISTEN, 0, "bare-newlines", "reject|normalize", "bodies with bare CR or LF (reject)", parse_newlines, &options.normalize },
 	{ LISTEN, 0, "count", "N", "stop after N messages", parse_positive, &options.count },
 	{ LISTEN, 0, "once", NULL, "stop after the first session", parse_flag, &options.once },
 	{ LISTEN, 0, "deadline", "TIME", "give up after TIME", parse_deadline, &options.deadline_ms },
 	{ LISTEN, 0, "address-file", "FILE", "write the bound addresses there, once ready", parse_text, &options.address_file },
 	{ LISTEN, 0, "stdio", NULL, "one session on standard input and output", parse_flag, &options.stdio },
-	{ LISTEN, 0, "bsmtp", "WORD", "what the opening gets: accept, silent, refuse, close, unknown", parse_opening, &options.opening },
+	{ LISTEN, 0, "bsmtp", "accept|silent|refuse|close|unknown", "what the opening gets (accept)", parse_opening, &options.opening },
 	{ LISTEN, 0, "reply", "RULE", "VERB[#N][ GLOB]=ACTION: a reply, drop, silent, delay TIME", parse_fault, NULL },
 	{ LISTEN, 0, "latency", "TIME", "act on what arrives so much later", parse_time, &options.latency_ms },
 	{ LISTEN, 0, "cut-after", "N", "drop the connection after N octets, or messages:N", parse_cut, NULL },
@@ -8204,13 +8466,16 @@ static void usage(enum program program)
 	    "listen [options] [address ...]");
 	for (size_t i = 0; i < COUNT(option_rows); i++) {
 		const struct option_row *row = &option_rows[i];
-		char names[64];
+		char names[80];
 		if (!(row->program & program))
 			continue;
 		snprintf(names, sizeof names, "%c%c%s --%s%s%s", row->letter != 0 ? '-' : ' ',
 		    row->letter != 0 ? row->letter : ' ', row->letter != 0 ? "," : " ", row->name,
 		    row->argument != NULL ? " " : "", row->argument != NULL ? row->argument : "");
-		printf("  %-28s %s\n", names, row->help);
+		printf("  %-28s", names);
+		if (strlen(names) > 28)
+			printf("\n%30s", "");
+		printf(" %s\n", row->help);
 	}
 	puts("\nTIME: a number with ms, s, m, h, d (bare: seconds).  SIZE: k, m, g.\n"
 	    "See bsmtp(1); the protocol is in bsmtp(7).");
@@ -8320,6 +8585,144 @@ static int check_send(void)
 		return EX_USAGE;
 	}
 	return EX_OK;
+}
+
+/* ---- completion ---- */
+
+/* The words that an argument may be, apart by spaces; none where it is free. */
+static void print_words(const struct option_row *row)
+{
+	if (strchr(row->argument, '|') == NULL)
+		return;
+	for (const char *c = row->argument; *c != '\0'; c++)
+		putchar(*c == '|' ? ' ' : *c);
+}
+
+/* Help text without what means something to a shell or to its completion. */
+static void print_plain(const char *text)
+{
+	for (; *text != '\0'; text++)
+		putchar(strchr("'\"`$\\[]:", *text) != NULL ? ' ' : *text);
+}
+
+static void each_option(enum program program, const char *verb,
+    void (*print)(const struct option_row *row, const char *verb))
+{
+	for (size_t i = 0; i < COUNT(option_rows); i++)
+		if (option_rows[i].program & program)
+			print(&option_rows[i], verb);
+}
+
+static void bash_name(const struct option_row *row, const char *verb)
+{
+	(void)verb;
+	printf(" --%s", row->name);
+}
+
+static void bash_words(const struct option_row *row, const char *verb)
+{
+	if (row->argument == NULL)
+		return;
+	printf("\t\t%s:--%s) words='", verb, row->name);
+	print_words(row);
+	puts("' ;;");
+}
+
+static void complete_bash(const char *name)
+{
+	puts("_bsmtp() {\n"
+	    "\tlocal cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}\n"
+	    "\tlocal verb=${COMP_WORDS[1]} words=\n"
+	    "\tif [[ $COMP_CWORD -eq 1 ]]; then\n"
+	    "\t\twords='send listen version completion'\n"
+	    "\telif [[ $cur == -* ]]; then\n"
+	    "\t\tcase $verb in");
+	fputs("\t\tsend) words='", stdout);
+	each_option(SEND, "send", bash_name);
+	fputs("' ;;\n\t\tlisten) words='", stdout);
+	each_option(LISTEN, "listen", bash_name);
+	puts("' ;;\n\t\tesac\n\telse\n\t\tcase $verb:$prev in\n"
+	    "\t\tcompletion:completion) words='bash zsh fish' ;;");
+	each_option(SEND, "send", bash_words);
+	each_option(LISTEN, "listen", bash_words);
+	printf("\t\tesac\n\tfi\n"
+	    "\tmapfile -t COMPREPLY < <(compgen -W \"$words\" -- \"$cur\")\n}\n"
+	    "complete -o default -F _bsmtp %s\n", name);
+}
+
+static void zsh_option(const struct option_row *row, const char *verb)
+{
+	(void)verb;
+	printf("\t\t'--%s[", row->name);
+	print_plain(row->help);
+	putchar(']');
+	if (row->argument != NULL && strchr(row->argument, '|') != NULL) {
+		printf(":%s:(", row->name);
+		print_words(row);
+		putchar(')');
+	} else if (row->argument != NULL) {
+		printf(":%s:%s", row->name, strcmp(row->argument, "FILE") == 0 ||
+		    strcmp(row->argument, "DIR") == 0 ? "_files" : "");
+	}
+	puts("' \\");
+}
+
+static void complete_zsh(const char *name)
+{
+	printf("#compdef %s\n_bsmtp() {\n\tlocal verb=$words[2]\n"
+	    "\tif (( CURRENT == 2 )); then\n"
+	    "\t\tcompadd send listen version completion\n\t\treturn\n\tfi\n"
+	    "\tshift words\n\t(( CURRENT-- ))\n\tcase $verb in\n\tsend) _arguments \\\n", name);
+	each_option(SEND, "send", zsh_option);
+	puts("\t\t'*:file:_files' ;;\n\tlisten) _arguments \\");
+	each_option(LISTEN, "listen", zsh_option);
+	puts("\t\t'*:address:' ;;\n\tcompletion) compadd bash zsh fish ;;\n\tesac\n}\n_bsmtp \"$@\"");
+}
+
+static const char *fish_name;
+
+static void fish_option(const struct option_row *row, const char *verb)
+{
+	printf("complete -c %s -n '__fish_seen_subcommand_from %s' -l %s", fish_name, verb, row->name);
+	if (row->letter != 0)
+		printf(" -s %c", row->letter);
+	if (row->argument != NULL && strchr(row->argument, '|') != NULL) {
+		fputs(" -x -a '", stdout);
+		print_words(row);
+		putchar('\'');
+	} else if (row->argument != NULL) {
+		fputs(" -r", stdout);
+	}
+	fputs(" -d '", stdout);
+	print_plain(row->help);
+	puts("'");
+}
+
+static void complete_fish(const char *name)
+{
+	fish_name = name;
+	printf("complete -c %s -n __fish_use_subcommand -f -a 'send listen version completion'\n"
+	    "complete -c %s -n '__fish_seen_subcommand_from completion' -f -a 'bash zsh fish'\n", name,
+	    name);
+	each_option(SEND, "send", fish_option);
+	each_option(LISTEN, "listen", fish_option);
+}
+
+/* `bsmtp completion SHELL [NAME]`: the script for a program of that name. */
+static int completion(int argc, char **argv)
+{
+	static const struct {
+		const char *shell;
+		void (*print)(const char *name);
+	} shells[] = { { "bash", complete_bash }, { "zsh", complete_zsh }, { "fish", complete_fish } };
+
+	for (size_t i = 0; argc > 2 && i < COUNT(shells); i++)
+		if (strcmp(argv[2], shells[i].shell) == 0) {
+			shells[i].print(argc > 3 ? argv[3] : "bsmtp");
+			return DONE;
+		}
+	diag("completion needs a shell: bash, zsh or fish");
+	return EX_USAGE;
 }
 
 /* ---- sendmail's ---- */
@@ -8442,6 +8845,7 @@ static void set_defaults(void)
 {
 	options.timeout_ms = 300000;
 	options.family = AF_UNSPEC;
+	options.fallback = BSMTP_MODES;
 	options.server = copy_slice(slice_of("localhost:2525"));
 	options.store_path = copy_slice(slice_of("received"));
 	options.max_size = 64 << 20;
@@ -8458,6 +8862,7 @@ static void free_options(void)
 	free(options.from);
 	free(options.helo);
 	free(options.output);
+	free(options.peers);
 	free(options.parameters);
 	free(options.rcpt_parameters);
 	free(options.store_path);
@@ -8472,6 +8877,7 @@ static const char short_usage[] =
     "usage: bsmtp send [options] [file ...]\n"
     "       bsmtp listen [options] [address ...]\n"
     "       bsmtp version\n"
+    "       bsmtp completion bash|zsh|fish [name]\n"
     "bsmtp send --help and bsmtp listen --help list the options.\n";
 
 /* What the command line asks for: a program to run, or DONE, or what was wrong. */
@@ -8488,6 +8894,8 @@ static int read_arguments(int argc, char **argv, enum program *which)
 		puts("bsmtp " BSMTP_VERSION);
 		return DONE;
 	}
+	if (strcmp(verb, "completion") == 0)
+		return completion(argc, argv);
 	if (strcmp(verb, "help") == 0 || strcmp(verb, "--help") == 0 || strcmp(verb, "-h") == 0) {
 		fputs(short_usage, stdout);
 		return DONE;
