@@ -6109,7 +6109,7 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 			trace_note(&s->trace, "no PIPELINING there: going on in lockstep");
 		if (bsmtp_client_offered(&s->client) & BSMTP_KEY_BSMTP)
 			(void)recall_peer(s, true, true);
-		report_opening(s, "reply");
+		report_opening(s, s->remembered ? "remembered" : "reply");
 		break;
 	case BSMTP_CLIENT_REFUSED:
 		on_refused(s, e);
