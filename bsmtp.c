@@ -1355,6 +1355,7 @@ enum client_state {
 	CLIENT_MAIL,            /* between messages */
 	CLIENT_RCPT,            /* among the recipients */
 	CLIENT_DATA,            /* waits for 354 */
+	CLIENT_HOLD,            /* waits for the opening's reply before a body */
 	CLIENT_BODY,
 	CLIENT_SKIP,            /* the message will not be sent: drop it */
 	CLIENT_QUIT,            /* all is written: replies are read */
@@ -1483,6 +1484,7 @@ enum bsmtp_want bsmtp_client_want(const struct bsmtp_client *c)
 	case CLIENT_GREETING:
 	case CLIENT_OPENING:
 	case CLIENT_DATA:
+	case CLIENT_HOLD:
 		return BSMTP_WANT_REPLY;
 	case CLIENT_GRACE:
 		return BSMTP_WANT_GRACE;
@@ -1544,18 +1546,23 @@ void bsmtp_client_rcpt(struct bsmtp_client *c, struct bsmtp_slice mailbox)
 	write_command(c, BSMTP_VERB_RCPT, "RCPT TO:<", mailbox, ">");
 }
 
+/* BDAT that is not known there would have its chunks run as commands: it is used
+ * where it is offered, and by a peer of BSMTP that has not replied yet, for that is
+ * the prearrangement. */
 static bool use_bdat(const struct bsmtp_client *c)
 {
+	bool may = (client_keys(c) & BSMTP_KEY_CHUNKING) != 0;
+
 	switch (c->config->framing) {
 	case BSMTP_FRAMING_BDAT:
-		return true;
+		return may || c->config->blind;
 	case BSMTP_FRAMING_DATA:
 		return false;
 	case BSMTP_FRAMING_AUTO:
 	case BSMTP_FRAMINGS:
 		break;
 	}
-	return (client_keys(c) & BSMTP_KEY_CHUNKING) != 0;
+	return may;
 }
 
 /* A body behind a refused DATA would be run as commands, unless the server
@@ -1565,8 +1572,22 @@ static bool must_see_354(const struct bsmtp_client *c)
 	return mode_of(c)->waits_354 || (!(c->offered & BSMTP_KEY_BSMTP) && !c->config->blind);
 }
 
+static void begin_body_text(struct bsmtp_client *c)
+{
+	c->bdat = use_bdat(c);
+	c->encoder.dots = !c->bdat;
+	c->state = CLIENT_BODY;
+	if (c->bdat)
+		return;
+	write_line(c, BSMTP_VERB_DATA, slice_of("DATA"));
+	if (must_see_354(c))
+		c->state = CLIENT_DATA;
+}
+
 void bsmtp_client_data(struct bsmtp_client *c)
 {
+	bool unknown = mode_of(c)->opening != BSMTP_VERB_BSMTP && !c->opened;
+
 	/* Replies are in when in lockstep: do not offer a body to nobody. */
 	if (c->lockstep && c->rcpts_good == 0) {
 		c->state = CLIENT_SKIP;
@@ -1575,14 +1596,10 @@ void bsmtp_client_data(struct bsmtp_client *c)
 	c->strays += c->encoder.strays;
 	memset(&c->encoder, 0, sizeof c->encoder);
 	c->body_octets = 0;
-	c->bdat = use_bdat(c);
-	c->encoder.dots = !c->bdat;
-	c->state = CLIENT_BODY;
-	if (!c->bdat) {
-		write_line(c, BSMTP_VERB_DATA, slice_of("DATA"));
-		if (must_see_354(c))
-			c->state = CLIENT_DATA;
-	}
+	if (unknown && c->config->framing == BSMTP_FRAMING_BDAT && !c->config->blind)
+		c->state = CLIENT_HOLD;         /* BDAT is wanted: wait to hear of it */
+	else
+		begin_body_text(c);
 }
 
 /* A chunk's length is known when it is full, and its BDAT line stands before
@@ -1891,6 +1908,8 @@ static void answer_opening(struct bsmtp_client *c, struct bsmtp_client_event *ev
 			c->lockstep = true;
 		if (c->state == CLIENT_OPENING || c->state == CLIENT_GRACE)
 			c->state = CLIENT_MAIL;
+		if (c->state == CLIENT_HOLD)
+			begin_body_text(c);
 	} else if (class == 5 && event->verb == BSMTP_VERB_EHLO && mode_of(c)->waits_each) {
 		write_opening(c, BSMTP_VERB_HELO);
 	} else if (class >= 4) {
@@ -1948,7 +1967,9 @@ static void answer_verb(struct bsmtp_client *c, struct bsmtp_client_event *event
 		event->type = BSMTP_CLIENT_QUIT;
 		c->state = CLIENT_OVER;
 		break;
-	case BSMTP_VERB_RSET:   /* whatever it says, the next MAIL tells */
+	case BSMTP_VERB_RSET:   /* if it is refused the next MAIL tells */
+		if (event->code / 100 != 2 && !c->judging)
+			event->type = BSMTP_CLIENT_NOTE;
 		if (c->judging) {       /* the message was abandoned */
 			give_fate(c, event, true);
 			event->fate = event->fate == BSMTP_UNKNOWN ? BSMTP_UNSENT : event->fate;
@@ -1974,6 +1995,15 @@ static void find_opening(struct bsmtp_client *c, const struct bsmtp_client_event
 		answered(c);
 }
 
+/* BDAT is not known there, and its chunk was run as commands: from here on replies
+ * and what was asked no longer match. */
+static bool runs_bodies(const struct bsmtp_client *c, const struct bsmtp_client_event *event)
+{
+	return (event->verb == BSMTP_VERB_BDAT || (event->verb == BSMTP_VERB_BODY && c->bdat)) &&
+	    (event->code == 500 || event->code == 502) &&
+	    !(c->offered & BSMTP_KEY_CHUNKING);
+}
+
 /* The last line of a reply, whatever it answers: by counting alone. */
 static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event, unsigned lines)
 {
@@ -1995,6 +2025,10 @@ static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event, uns
 	if (!opening && (event->code / 100 == 1 || (event->code / 100 == 3) !=
 	    (event->verb == BSMTP_VERB_DATA && event->code / 100 < 4))) {
 		fail(c, event, BSMTP_E_OUT_OF_PLACE);
+		return;
+	}
+	if (runs_bodies(c, event)) {
+		fail(c, event, BSMTP_E_RUN);
 		return;
 	}
 	answered(c);
@@ -3257,6 +3291,7 @@ const char *bsmtp_error_text(enum bsmtp_error error)
 		[BSMTP_E_REPLY_LONG] = "the server sent a reply without end",
 		[BSMTP_E_UNASKED] = "the server sent a reply to nothing",
 		[BSMTP_E_OUT_OF_PLACE] = "the server sent a reply that cannot answer the command",
+		[BSMTP_E_RUN] = "the server knows no BDAT and took the body for commands",
 		[BSMTP_E_STOPPED] = "the server ended the session",
 		[BSMTP_E_CLOSED] = "the server closed the connection with replies due",
 	};
@@ -6098,6 +6133,11 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 	case BSMTP_CLIENT_NONE:
 	case BSMTP_CLIENT_QUIT:
 		break;
+	case BSMTP_CLIENT_NOTE:
+		diag("%s: %s: %d %.*s%s%.*s", s->peer, bsmtp_verb_name(e->verb), e->code,
+		    (int)e->status.len, e->status.at, e->status.len > 0 ? " " : "",
+		    (int)min_size(e->text.len, 900), e->text.at);
+		break;
 	case BSMTP_CLIENT_GREETING:
 		/* What a command connects to is there only now. */
 		if (s->on.child > 0)
@@ -6207,7 +6247,7 @@ static void begin_letter(struct sender *s)
 	}
 	*s->last = l;
 	s->last = &l->next;
-	l->position = bsmtp_client_position(&s->client);
+	l->position = UINT64_MAX;
 	bsmtp_client_mail(&s->client, slice_of(l->from), needs_utf8(s),
 	    s->source.format == FORMAT_MESSAGE ? s->source.size : 0);
 }
@@ -6253,6 +6293,9 @@ static bool drop_letter(struct sender *s)
 
 static bool write_body(struct sender *s)
 {
+	/* Until octets of the body have left, it cannot have arrived. */
+	if (s->current->position == UINT64_MAX)
+		s->current->position = bsmtp_client_position(&s->client);
 	switch (move_text(s, false)) {
 	case GOT_DATA:
 		return bsmtp_client_want(&s->client) == BSMTP_WANT_BODY;

@@ -307,6 +307,7 @@ enum bsmtp_error {              /* why a session ended before its time */
 	BSMTP_E_REPLY_LONG,     /* a reply line, or a reply, without end */
 	BSMTP_E_UNASKED,        /* a reply to nothing */
 	BSMTP_E_OUT_OF_PLACE,   /* a code that cannot answer that command */
+	BSMTP_E_RUN,            /* BDAT is not known there: a body was run as commands */
 	BSMTP_E_STOPPED,        /* 421, or 221 before QUIT: the server stops */
 	BSMTP_E_CLOSED,         /* the connection ended with replies due */
 	BSMTP_ERRORS
@@ -385,6 +386,7 @@ enum bsmtp_client_event_type {
 	BSMTP_CLIENT_RCPT,      /* the reply to RCPT number `rcpt` of the message */
 	BSMTP_CLIENT_MESSAGE,   /* the message's fate; the reply is that which
 	                         * decided it, its code 0 where there was none */
+	BSMTP_CLIENT_NOTE,      /* RSET was refused; it decides nothing */
 	BSMTP_CLIENT_QUIT,      /* QUIT was answered: all is settled */
 	BSMTP_CLIENT_ERROR      /* `error`; the client sends no more */
 };

@@ -1,24 +1,40 @@
 # Real mail, real peers, and the listener killed in mid-stream.
+# shellcheck disable=SC2030,SC2031,SC2154 # lib.bash has variables, bats subshells
 load lib
+load peers/peers
+
+mail() { /usr/bin/python3 "$tools/mail.py" "$@"; }
+
+# arrives WANT SEND-ARGUMENT...: what is sent is what the listener holds, both in a
+# Maildir and as .eml.
+arrives() {
+	local store want=$1
+	shift
+	for store in maildir eml; do
+		rm -rf in
+		start_listener --$store in
+		send --from a@example.org --to b@example.net --json "$@" >sent.json
+		run -0 mail same "$want" in
+		assert_equal "$(summary delivered)" "$output"
+		stop_listener
+	done
+}
+
+# --- Real mail
 
 @test "every message of Python's own test data arrives identical" {
-	data=/usr/lib/python3.11/test/test_email/data
-	start_listener --eml out
-	for f in "$data"/msg_*.txt; do
-		send --to b@example.net --from a@example.org --format message "$f"
-	done
-	/usr/bin/python3 - "$data" <<'PY'
-import glob, re, sys
-sent = sorted(glob.glob(sys.argv[1] + "/msg_*.txt"))
-got = sorted(glob.glob("out/*.eml"))
-assert len(sent) == len(got) > 40, (len(sent), len(got))
-for a, b in zip(sent, got):
-    text = re.sub(rb"\r(?!\n)", b" ", open(a, "rb").read())
-    text = text.replace(b"\r\n", b"\n")
-    if text and not text.endswith(b"\n"):
-        text += b"\n"
-    assert text.replace(b"\n", b"\r\n") == open(b, "rb").read(), a
-PY
+	mail data data
+	arrives data --format message data/*.eml
+}
+
+@test "Python's own test data arrives identical as an mbox" {
+	mail data data
+	arrives data.mbox --format mbox data.mbox
+}
+
+@test "Python's own test data arrives identical as a Maildir" {
+	mail data data
+	arrives data.maildir data.maildir
 }
 
 @test "a git patch series is an mbox, and each patch arrives identical" {
@@ -29,62 +45,344 @@ PY
 		git -C repo -c user.name=A -c user.email=a@example.org commit -qm "Change $i"
 	done
 	git -C repo format-patch --stdout --root >series.mbox
-	start_listener --maildir in
-	send --to b@example.net --json series.mbox >sent.json
+	arrives series.mbox series.mbox
 	assert_equal "$(summary delivered)" 10
-	/usr/bin/python3 - <<'PY'
-import glob, mailbox, re
-def strip(octets):
-    head = re.match(rb"Return-Path: .*\n(?:Delivered-To: .*\n)*Received: .*\n(?:\t.*\n)*", octets)
-    return octets[head.end():]
-want = sorted(m.as_bytes() for m in mailbox.mbox("series.mbox"))
-got = sorted(strip(open(f, "rb").read()) for f in glob.glob("in/new/*"))
-assert len(want) == 10 and want == got
-PY
 }
 
-@test "swaks, msmtp, curl and smtplib deliver to the listener" {
-	start_listener --maildir in
-	make_message >m
-	host=${address%:*} port=${address##*:}
-	swaks --server "$host" --port "$port" --from a@example.org --to b@example.net --data @m >/dev/null
-	msmtp --host="$host" --port="$port" --auth=off --tls=off --from=a@example.org b@example.net <m
-	curl -s --crlf --url "smtp://$address" --mail-from a@example.org --mail-rcpt b@example.net -T m
-	/usr/bin/python3 - "$host" "$port" <<'PY'
+@test "the latest history of this program arrives identical as git's patches" {
+	repo() { git -c safe.directory='*' -C "$top" "$@"; }
+	[ "$(repo rev-parse --show-toplevel 2>/dev/null)" = "$top" ] || skip 'no git repository'
+	latest=-$((SCALE * SCALE / 50))
+	repo format-patch --stdout $latest --root HEAD >series.mbox
+	arrives series.mbox series.mbox
+	assert_equal "$(summary delivered)" "$(repo rev-list --count --no-merges $latest HEAD)"
+}
+
+@test "a thousand messages of all kinds arrive identical" {
+	mail make $((1000 * SCALE / 100)) >made.mbox
+	arrives made.mbox made.mbox
+}
+
+# --- Real clients of the listener
+
+@test "swaks, msmtp, curl and smtplib deliver to the listener, to the octet" {
+	{ printf '%s
+' 'Date: Mon, 23 Nov 2026 12:00:00 +0000' 'Message-ID: <1@example.org>'
+		make_message; } >m
+	for client in swaks msmtp curl smtplib; do
+		rm -rf in
+		start_listener --eml in
+		host=${address%:*} port=${address##*:}
+		cp m want
+		case $client in
+		swaks)
+			swaks --server "$host" --port "$port" --from a@example.org --to b@example.net \
+				--data @m >/dev/null
+			echo >>want     # it ends every message with an empty line
+			;;
+		msmtp)
+			msmtp --host="$host" --port="$port" --auth=off --tls=off --from=a@example.org \
+				b@example.net <m
+			;;
+		curl)
+			curl -s --crlf --url "smtp://$address" --mail-from a@example.org \
+				--mail-rcpt b@example.net -T m
+			;;
+		smtplib)
+			/usr/bin/python3 - "$host" "$port" <<'PY'
 import smtplib, sys
 with smtplib.SMTP(sys.argv[1], int(sys.argv[2])) as s:
     s.sendmail("a@example.org", ["b@example.net"], open("m").read())
 PY
-	assert_equal "$(stored)" 4
-	for f in in/new/*; do
-		grep -qx '.a line with a dot' "$f"
-		grep -qx 'last line' "$f"
+			;;
+		esac
+		sed 's/$/\r/' want | cmp - in/000001.eml
+		assert_equal "$(jq -c '[.from,.to]' in/000001.json)" '["a@example.org",["b@example.net"]]'
+		assert_equal "$(find in -name '*.eml' | wc -l)" 1
+		stop_listener
 	done
 }
 
-@test "send to aiosmtpd: the fallback to ordinary manners, and BSMTP where it was taught" {
-	make_mbox 3 >m
-	for taught in no yes; do
-		rm -f port
-		/usr/bin/python3 "$top/tests/tools/aiosmtpd_peer.py" "$taught" >port 3>&- &
-		pids+=($!)
-		await test -s port
-		address=127.0.0.1:$(cat port)
-		for mode in lockstep pipelining early; do
-			run -0 send --to b@example.net --mode $mode m
-		done
-		if [ $taught = yes ]; then
-			run -0 send --to b@example.net m
-			run -69 send --to no@example.net m
-		else
-			run -69 send --to b@example.net m
-		fi
+@test "smtp-source delivers in several sessions at a time, with exact counts" {
+	make_message >m
+	{ cat m; echo; } | sed 's/$/\r/' >want           # it ends every message with an empty line
+	for sessions in 50 5; do
+		# With -d five sessions carry all, without it each message has its own.
+		set -- -s 5 -m 50 -r 3 -F m -f a@example.org -t b@example.net
+		[ $sessions = 50 ] || set -- -d "$@"
+		rm -rf in
+		start_listener --eml in --json
+		smtp-source "$@" "$address"
+		stop_listener
+		assert_equal "$(md5sum want in/*.eml | cut -d ' ' -f 1 | sort -u | wc -l)" 1
+		assert_equal "$(jq -c '[.from,.to]' in/*.json | sort | uniq -c | sed 's/^ *//')" \
+			'50 ["a@example.org",["3b@example.net","2b@example.net","b@example.net"]]'
+		assert_equal "$(jq -sc 'map(select(.event == "session")) | [length, (map(.messages) | add)]' \
+			listener.out)" "[$sessions,50]"
 	done
 }
+
+@test "smtp-source's own messages arrive as long as it made them" {
+	start_listener --eml in
+	length=$((SCALE * 200))
+	smtp-source -s 5 -m 50 -l $length -f a@example.org -t b@example.net "$address"
+	# An empty line is added, and no other is like these.
+	assert_equal "$(awk 'FNR == 1 { body = 0 }
+		body { octets += length($0) + 1; strange += ($0 !~ /^[0-9]?X*\r$/) }
+		$0 == "\r" { body = 1 }
+		END { print octets, strange }' in/*.eml)" "$((50 * (length + 2))) 0"
+	assert_equal "$(grep -h '^Message-Id: ' in/*.eml | sort -u | wc -l)" 50
+}
+
+@test "Exim relays to the listener, talking early once it has learnt that it may" {
+	mail make 6 >made.mbox
+	mail split made.mbox made
+	start_listener --maildir in
+	start_pipeconnect
+	exim_client
+	for f in made/*.eml; do
+		exim_send -f a@example.org b@example.net <"$f"
+	done
+	run -0 mail same made in
+	assert_output 6
+	# In Exim's log: L pipelined, L* early.
+	assert_equal "$(grep -c ' => .* L ' log/main)" 1
+	assert_equal "$(grep -c ' => .* L\* ' log/main)" 5
+}
+
+# --- Real servers
+
+# judged STATUS VERDICTS OPTION...: made.mbox is sent to whom its headers name, and
+# what is reported is what the peer then holds; VERDICTS may be empty.
+judged() {
+	local status=$1 verdicts=$2
+	shift 2
+	rm -rf mail/*
+	run "-$status" --separate-stderr send --to-headers --json "$@" made.mbox
+	echo "$output" >sent.json
+	run -0 check made.mbox
+	[ -z "$verdicts" ] || assert_output "$verdicts"
+}
+
+# refused STATUS OPTION...: and nothing was sent.
+refused() {
+	local status=$1
+	shift
+	rm -rf mail/*
+	run "-$status" --separate-stderr send --to-headers --json "$@" made.mbox
+	echo "$output" >sent.json
+	assert_equal "$(summary unsent)" "$(summary messages)"
+	await queue_empty
+	assert_equal "$(delivered_files)" 0
+}
+
+# Messages that a peer takes, refuses and puts off, for recipients that it takes,
+# refuses and puts off, all in one session.
+mixed='24 delivered 5 rejected 1 deferred, 31 pairs'
+make_mixed() { mail make 30 refused later forbidden >made.mbox; }
+
+@test "smtp-sink holds what was sent, in the manners that it takes" {
+	mail make 20 >made.mbox
+	for without in nothing PIPELINING 8BITMIME; do
+		case $without in
+		nothing) start_smtp_sink ;;
+		PIPELINING) start_smtp_sink -p ;;
+		8BITMIME) start_smtp_sink -8 ;;
+		esac
+		for mode in early pipelining lockstep; do
+			judged 0 '20 delivered, 27 pairs' --mode $mode
+		done
+		stop_peer
+	done
+}
+
+@test "smtp-sink without EHLO is sent to with HELO, in lockstep only" {
+	mail make 20 >made.mbox
+	start_smtp_sink -e
+	refused 69 --mode pipelining
+	judged 0 '20 delivered, 27 pairs' --mode lockstep
+}
+
+@test "smtp-sink knows no BSMTP: refused in the grace, and nothing was sent" {
+	mail make 20 >made.mbox
+	start_smtp_sink
+	refused 69
+}
+
+@test "smtp-sink greets after the grace and knows no BDAT: nothing is called delivered" {
+	for n in 1 2 3; do
+		printf '%s\n' 'From a@example.org Mon Nov 23 12:00:00 2026' "Message-ID: <$n@example.org>" ''
+		[ $n != 1 ] || printf 'NOOP\n%.0s' {1..8}
+		printf 'x\n\n'
+	done >noops.mbox
+	start_smtp_sink -W CONNECT:1
+	run -76 --separate-stderr send --to b@example.net --json noops.mbox
+	echo "$output" >sent.json
+	assert_equal "$(summary delivered)" 0
+	assert_equal "$(delivered_files)" 0
+}
+
+@test "aiosmtpd holds what was reported, in the manners that it takes" {
+	make_mixed
+	start_aiosmtpd no
+	for mode in early pipelining lockstep; do
+		judged 75 "$mixed" --mode $mode
+	done
+	refused 69
+}
+
+@test "aiosmtpd taught BSMTP holds what was reported, in each manner" {
+	make_mixed
+	start_aiosmtpd yes
+	for mode in bsmtp early pipelining lockstep; do
+		judged 75 "$mixed" --mode $mode
+	done
+}
+
+@test "Postfix taught BSMTP delivers what was reported, in each manner and framing" {
+	make_mixed
+	start_postfix taught
+	for mode in bsmtp early pipelining lockstep; do
+		for framing in bdat data; do
+			judged 75 "$mixed" --mode $mode --framing $framing
+		done
+	done
+}
+
+@test "Postfix taught BSMTP delivers a long stream, with exact verdicts to the last" {
+	mail make $((500 * SCALE / 100)) refused >made.mbox
+	start_postfix taught
+	run -69 --separate-stderr send --to-headers --json made.mbox
+	echo "$output" >sent.json
+	run -0 check made.mbox
+	assert_equal "${output%%,*}" "$((450 * SCALE / 100)) delivered $((50 * SCALE / 100)) rejected"
+}
+
+@test "Postfix as it comes refuses BSMTP in the grace, and nothing was sent" {
+	mail make 20 >made.mbox
+	start_postfix as_it_comes
+	refused 69
+	run -1 grep -q ' client=' log/mail
+}
+
+@test "Postfix as it comes and no grace: a refusal too late, and each message its own verdict" {
+	make_mixed
+	start_postfix as_it_comes
+	if [ "${BSMTP_BUILD:-}" = torture ]; then       # it hears of it before it has sent all
+		judged 75 '' --grace 0
+	else
+		judged 75 "$mixed" --grace 0
+	fi
+}
+
+@test "Postfix as it comes and no grace: the refusal stops the stream" {
+	mail make $((SCALE > 10 ? 40 : 2)) large >made.mbox     # more than buffers hold
+	start_postfix as_it_comes
+	for framing in bdat data; do
+		rm -rf mail/*
+		run ! --separate-stderr send --to-headers --json --grace 0 --framing $framing made.mbox
+		echo "$output" >sent.json
+		run -0 check made.mbox
+		assert [ "$(summary unsent)" -gt 0 ]
+	done
+}
+
+@test "Postfix hangs up after twenty errors: what it did not judge is not called delivered" {
+	mail make 60 burst >made.mbox
+	start_postfix taught 'smtpd_error_sleep_time = 0'
+	for mode in bsmtp early pipelining; do
+		# It resets the connection, which may destroy replies that it had given.
+		rm -rf mail/*
+		run -75 --separate-stderr send --to-headers --json --mode $mode made.mbox
+		echo "$output" >sent.json
+		run -0 check made.mbox
+		assert_equal "$(delivered_files)" 13
+	done
+	judged 75 '10 delivered 20 rejected 30 unsent, 13 pairs' --mode lockstep
+}
+
+@test "Postfix that forbids early talk refuses BSMTP, but not behind its greeting" {
+	make_mixed
+	# It looks once, when it begins: a process that must be started first sees it all.
+	start_postfix taught 'smtpd_forbid_unauth_pipelining = yes' 'max_use = 1'
+	refused 69
+	judged 75 "$mixed" --await-greeting
+}
+
+# A message that carries another: were the body behind a refused DATA read as commands,
+# the end of the one would be the end of the other.
+smuggler() {
+	printf '%s\n' 'From a@example.org Mon Nov 23 12:00:00 2026' '' 'RSET' \
+		'MAIL FROM:<evil@example.org>' 'RCPT TO:<b@example.net>' 'DATA' 'Subject: smuggled' '' \
+		'text'
+}
+
+@test "Postfix refuses all recipients: no command in a body is run" {
+	{ smuggler; echo; smuggler; } >two.mbox
+	start_postfix taught
+	for mode in bsmtp early pipelining lockstep; do
+		for framing in bdat data; do
+			run -69 --separate-stderr send --to no@example.net --mode $mode --framing $framing \
+				--json two.mbox
+			echo "$output" >sent.json
+			assert_equal "$(summary rejected)" 2
+			await queue_empty
+			assert_equal "$(delivered_files)" 0
+		done
+	done
+	# That the waiting for 354 is not in vain:
+	run ! send --to no@example.net --framing data --blind two.mbox
+	await queue_empty
+	assert [ "$(delivered_files)" -gt 0 ]
+}
+
+@test "aiosmtpd refuses all recipients: no command in a body is run" {
+	{ smuggler; echo; smuggler; } >two.mbox
+	start_aiosmtpd yes
+	for mode in bsmtp early pipelining lockstep; do
+		run -69 --separate-stderr send --to no@example.net --mode $mode --json two.mbox
+		echo "$output" >sent.json
+		assert_equal "$(summary rejected)" 2
+		assert_equal "$(delivered_files)" 0
+	done
+}
+
+@test "Exim delivers what was reported, in lockstep and pipelining, and refuses the rest" {
+	make_mixed
+	start_exim <<<'pipelining_connect_advertise_hosts ='
+	judged 75 "$mixed" --mode pipelining
+	judged 75 "$mixed" --mode pipelining --framing data
+	judged 75 "$mixed" --mode lockstep
+	refused 69
+	[ "${BSMTP_BUILD:-}" != torture ] || return 0   # too slow to talk early
+	run ! --separate-stderr send --to-headers --mode early made.mbox
+	await queue_empty
+	assert_equal "$(delivered_files)" 0
+}
+
+@test "Exim that offers PIPECONNECT delivers what was reported, in the early manner too" {
+	make_mixed
+	start_exim <<<'pipelining_connect_advertise_hosts = *'
+	judged 75 "$mixed" --mode early
+	judged 75 "$mixed" --mode early --framing data
+	judged 75 "$mixed" --mode pipelining
+	refused 69
+}
+
+@test "OpenSMTPD delivers what was reported, in lockstep and pipelining" {
+	mail make 30 refused >made.mbox
+	start_opensmtpd
+	for mode in pipelining lockstep; do
+		judged 69 '27 delivered 3 rejected, 36 pairs' --mode $mode
+	done
+	refused 69
+}
+
+# --- Crashes
 
 @test "kill -9 in mid-stream: what was reported delivered is there, whole" {
 	make_mbox $((500 * SCALE / 100)) >m
-	for i in $(seq "${BSMTP_KILLS:-8}"); do
+	for i in $(seq "${BSMTP_KILLS:-$((SCALE > 10 ? 8 : 4))}"); do
 		rm -rf in
 		start_listener --maildir in
 		send --to b@example.net --json m >sent.json 2>/dev/null 3>&- &
