@@ -7,7 +7,11 @@ WARN = -std=c11 -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-
 	-Wwrite-strings -Wcast-qual -Wformat=2 -Wundef -Wvla -Wconversion
 LIBS = -lpthread
 PREFIX = /usr/local
+BINDIR = $(PREFIX)/bin
 MANDIR = $(PREFIX)/share/man
+BASHDIR = $(PREFIX)/share/bash-completion/completions
+ZSHDIR = $(PREFIX)/share/zsh/site-functions
+FISHDIR = $(PREFIX)/share/fish/vendor_completions.d
 PROGRAM = bsmtp
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
 
@@ -46,14 +50,20 @@ demo: bsmtp
 	tests/demo
 
 install: bsmtp
-	mkdir -p $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man3 \
-		$(DESTDIR)$(MANDIR)/man7
-	cp bsmtp $(DESTDIR)$(PREFIX)/bin/$(PROGRAM)
+	mkdir -p $(DESTDIR)$(BINDIR) $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man3 \
+		$(DESTDIR)$(MANDIR)/man7 $(DESTDIR)$(BASHDIR) $(DESTDIR)$(ZSHDIR) $(DESTDIR)$(FISHDIR)
+	cp bsmtp $(DESTDIR)$(BINDIR)/$(PROGRAM)
+	chmod 755 $(DESTDIR)$(BINDIR)/$(PROGRAM)
 	for n in 1 3 7; do \
-		cp man/bsmtp.$$n $(DESTDIR)$(MANDIR)/man$$n/$(PROGRAM).$$n || exit 1; done
+		cp man/bsmtp.$$n $(DESTDIR)$(MANDIR)/man$$n/$(PROGRAM).$$n && \
+		chmod 644 $(DESTDIR)$(MANDIR)/man$$n/$(PROGRAM).$$n || exit 1; done
+	./bsmtp completion bash $(PROGRAM) >$(DESTDIR)$(BASHDIR)/$(PROGRAM)
+	./bsmtp completion zsh $(PROGRAM) >$(DESTDIR)$(ZSHDIR)/_$(PROGRAM)
+	./bsmtp completion fish $(PROGRAM) >$(DESTDIR)$(FISHDIR)/$(PROGRAM).fish
 
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/$(PROGRAM)
+	rm -f $(DESTDIR)$(BINDIR)/$(PROGRAM) $(DESTDIR)$(BASHDIR)/$(PROGRAM) \
+		$(DESTDIR)$(ZSHDIR)/_$(PROGRAM) $(DESTDIR)$(FISHDIR)/$(PROGRAM).fish
 	for n in 1 3 7; do rm -f $(DESTDIR)$(MANDIR)/man$$n/$(PROGRAM).$$n; done
 
 clean:

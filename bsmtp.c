@@ -1401,18 +1401,6 @@ static void write_line(struct bsmtp_client *c, enum bsmtp_verb verb, struct bsmt
 	expect(c, verb);
 }
 
-static void write_command(struct bsmtp_client *c, enum bsmtp_verb verb, const char *before,
-    struct bsmtp_slice argument, const char *after)
-{
-	char line[BSMTP_COMMAND_MAX];
-	struct text t = { line, 0, sizeof line - 2 };
-
-	put_string(&t, before);
-	put(&t, argument);
-	put_string(&t, after);
-	write_line(c, verb, slice(line, t.len));
-}
-
 static void write_opening(struct bsmtp_client *c, enum bsmtp_verb verb)
 {
 	char line[BSMTP_COMMAND_MAX];
@@ -1514,18 +1502,51 @@ static unsigned client_keys(const struct bsmtp_client *c)
 	return BSMTP_KEYS_ALL & ~(unsigned)BSMTP_KEY_BSMTP;
 }
 
-void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool utf8,
-    uint64_t size)
+/* The esmtp-params that are passed on, and what must be offered for each. */
+static const struct {
+	const char *name;
+	unsigned key;
+} parameter_rows[] = {
+	{ "BODY", BSMTP_KEY_8BITMIME }, { "SMTPUTF8", BSMTP_KEY_SMTPUTF8 },
+	{ "SIZE", BSMTP_KEY_SIZE }, { "ENVID", BSMTP_KEY_DSN }, { "RET", BSMTP_KEY_DSN },
+	{ "NOTIFY", BSMTP_KEY_DSN }, { "ORCPT", BSMTP_KEY_DSN },
+};
+
+/* Puts those of a list that may be used; returns the keys of all that it names. */
+static unsigned put_parameters(struct text *t, struct bsmtp_slice list, unsigned keys)
 {
-	char parameters[64];
-	struct text t = { parameters, 0, sizeof parameters - 1 };
+	struct bsmtp_parameter p;
+	unsigned named = 0;
+	ptrdiff_t n;
+
+	while ((n = bsmtp_parameter_parse(&p, list.at, list.len)) > 0) {
+		for (size_t i = 0; i < COUNT(parameter_rows); i++) {
+			if (!same(p.keyword, parameter_rows[i].name))
+				continue;
+			named |= parameter_rows[i].key;
+			if ((keys & parameter_rows[i].key) && t->len + (size_t)n < t->cap)
+				put(t, slice(list.at, (size_t)n));
+		}
+		list = slice(list.at + n, list.len - (size_t)n);
+	}
+	return named;
+}
+
+void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool utf8,
+    uint64_t size, struct bsmtp_slice parameters)
+{
+	char line[BSMTP_COMMAND_MAX];
+	struct text t = { line, 0, sizeof line - 2 };
 	unsigned keys = client_keys(c);
 
 	if (c->first)
 		c->sure = c->opened || mode_of(c)->opening != BSMTP_VERB_BSMTP;
 	if (needs_reset(c))
 		write_reset(c);
+	put_string(&t, "MAIL FROM:<");
+	put(&t, mailbox);
 	put_string(&t, ">");
+	keys &= ~put_parameters(&t, parameters, keys);
 	if (keys & BSMTP_KEY_8BITMIME)
 		put_string(&t, " BODY=8BITMIME");
 	if (utf8 && (keys & BSMTP_KEY_SMTPUTF8))
@@ -1534,16 +1555,23 @@ void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool 
 		put_string(&t, " SIZE=");
 		put_number(&t, size);
 	}
-	parameters[t.len] = '\0';
-	write_command(c, BSMTP_VERB_MAIL, "MAIL FROM:<", mailbox, parameters);
+	write_line(c, BSMTP_VERB_MAIL, slice(line, t.len));
 	c->first = false;
 	c->unsure = c->writing = c->streamed = true;
 	c->state = CLIENT_RCPT;
 }
 
-void bsmtp_client_rcpt(struct bsmtp_client *c, struct bsmtp_slice mailbox)
+void bsmtp_client_rcpt(struct bsmtp_client *c, struct bsmtp_slice mailbox,
+    struct bsmtp_slice parameters)
 {
-	write_command(c, BSMTP_VERB_RCPT, "RCPT TO:<", mailbox, ">");
+	char line[BSMTP_COMMAND_MAX];
+	struct text t = { line, 0, sizeof line - 2 };
+
+	put_string(&t, "RCPT TO:<");
+	put(&t, mailbox);
+	put_string(&t, ">");
+	(void)put_parameters(&t, parameters, client_keys(c));
+	write_line(c, BSMTP_VERB_RCPT, slice(line, t.len));
 }
 
 /* BDAT that is not known there would have its chunks run as commands: it is used
@@ -1850,7 +1878,9 @@ void bsmtp_client_skipped(struct bsmtp_client *c, struct bsmtp_client_event *eve
 	if (!c->writing)
 		return;
 	/* No body ended the transaction, so RSET must, whatever was offered. */
-	if (!c->mail_bad)
+	if (c->mail_bad)
+		c->unsure = false;      /* there is none */
+	else
 		write_reset(c);
 	give_fate(c, event, true);
 	c->writing = false;
@@ -1919,6 +1949,21 @@ static void answer_opening(struct bsmtp_client *c, struct bsmtp_client_event *ev
 	}
 }
 
+/* RFC 9422 4: name=value, apart by spaces; others are passed over. */
+static void learn_limits(struct bsmtp_client *c, struct bsmtp_slice list)
+{
+	struct bsmtp_parameter p;
+	ptrdiff_t n;
+
+	while ((n = bsmtp_parameter_parse(&p, list.at, list.len)) > 0) {
+		uint64_t *limit = same(p.keyword, "MAILMAX") ? &c->mail_max :
+		    same(p.keyword, "RCPTMAX") ? &c->rcpt_max : NULL;
+		if (limit != NULL && p.value.len > 0)
+			(void)bsmtp_number_parse(limit, p.value.at, p.value.len);
+		list = slice(list.at + n, list.len - (size_t)n);
+	}
+}
+
 /* A keyword line of the opening's reply. */
 static void learn(struct bsmtp_client *c, struct bsmtp_slice text)
 {
@@ -1926,9 +1971,11 @@ static void learn(struct bsmtp_client *c, struct bsmtp_slice text)
 
 	while (n < text.len && text.at[n] != ' ')
 		n++;
-	for (unsigned bit = 1; bit <= BSMTP_KEYS_ALL; bit <<= 1)
+	for (unsigned bit = 1; bit <= BSMTP_KEY_DSN; bit <<= 1)
 		if (same(slice(text.at, n), bsmtp_keyword_name((enum bsmtp_keyword)bit)))
 			c->offered |= bit;
+	if (same(slice(text.at, n), "LIMITS"))
+		learn_limits(c, slice(text.at + n, text.len - n));
 }
 
 static void answered(struct bsmtp_client *c)
@@ -2176,6 +2223,12 @@ bool bsmtp_client_unsettled(struct bsmtp_client *c, struct bsmtp_client_event *e
 	}
 	give_fate(c, event, false);
 	return true;
+}
+
+void bsmtp_client_limits(const struct bsmtp_client *c, uint64_t *mails, uint64_t *rcpts)
+{
+	*mails = c->mail_max;
+	*rcpts = c->rcpt_max;
 }
 
 size_t bsmtp_client_owed(const struct bsmtp_client *c)
@@ -2438,6 +2491,9 @@ static void put_ehlo(struct bsmtp_server *s, struct text *t)
 		if (bit == BSMTP_KEY_SIZE) {
 			put_string(t, " ");
 			put_number(t, s->config->max_size);
+		} else if (bit == BSMTP_KEY_LIMITS) {
+			put_string(t, " RCPTMAX=");
+			put_number(t, s->config->max_recipients);
 		}
 		put_string(t, "\r\n");
 	}
@@ -2808,7 +2864,6 @@ static void act_mail(struct bsmtp_server *s, struct call *call)
 		return;
 	}
 	s->mail_tried = true;
-	call->event->utf8 = call->event->eightbit = false;
 	used = path_argument(&rest, "FROM:") ? bsmtp_path_parse(&path, rest.at, rest.len,
 	    BSMTP_PATH_NULL | BSMTP_PATH_UTF8) : BSMTP_BAD;
 	if (s->hello == 0 && s->config->opening != BSMTP_OPENING_UNKNOWN)
@@ -3024,6 +3079,7 @@ static void command(struct bsmtp_server *s, struct bsmtp_slice line,
 	struct bsmtp_fault *f;
 	size_t n = 0;
 
+	memset(event, 0, sizeof *event);
 	while (n < line.len && line.at[n] != ' ')
 		n++;
 	call.verb = verb_of(slice(line.at, n));
@@ -3273,7 +3329,7 @@ const char *bsmtp_fate_name(enum bsmtp_fate fate)
 const char *bsmtp_keyword_name(enum bsmtp_keyword keyword)
 {
 	static const char *const words[] = { "BSMTP", "PIPELINING", "8BITMIME", "SMTPUTF8",
-		"CHUNKING", "ENHANCEDSTATUSCODES", "SIZE" };
+		"CHUNKING", "ENHANCEDSTATUSCODES", "SIZE", "LIMITS", "DSN" };
 	unsigned i = 0;
 
 	while (i < COUNT(words) && (unsigned)keyword != 1u << i)
@@ -3703,6 +3759,7 @@ struct source {
 	int fd;
 	bool opened, regular, eof, in_message, head_done, head_long, ended;
 	bool failed;                    /* the message breaks off */
+	bool alone;                     /* no operand follows what is open */
 	bool at_line;                   /* sendmail: a line begins */
 	enum format format;
 	char name[1024];
@@ -3849,7 +3906,7 @@ static bool source_open(struct source *s)
 		const char *path;
 		if (next_in_maildir(s))
 			return true;
-		if (s->operand == count)
+		if (s->operand == count || s->alone)
 			return false;
 		path = options.operands.count > 0 ? options.operands.items[s->operand] : "-";
 		s->operand++;
@@ -4280,6 +4337,22 @@ static void source_done(struct source *s)
 	envelope_free(&s->envelope);
 	if (s->failed || (s->format != FORMAT_MBOX && s->format != FORMAT_BATCH))
 		source_close(s);
+}
+
+static void source_memory(struct source *s)
+{
+	s->head = grow(NULL, HEAD_MAX);
+	s->window = grow(NULL, WINDOW_SIZE);
+}
+
+static void source_free(struct source *s)
+{
+	source_close(s);
+	if (s->dir != NULL)
+		closedir(s->dir);
+	envelope_free(&s->envelope);
+	free(s->head);
+	free(s->window);
 }
 
 /* ---- what the header says ---- */
@@ -5671,7 +5744,9 @@ struct dialogue {
 };
 
 struct sender {
-	struct source source;
+	struct source operands;         /* all that is named on the command line */
+	struct source *detour;          /* a message made a batch of several, or NULL */
+	struct source *input;           /* the one that is read now */
 	struct bsmtp_client client;
 	struct bsmtp_client_config config;
 	struct trace trace;
@@ -5720,16 +5795,16 @@ static void letter_free(struct sender *s, struct letter *l)
  * header. */
 static char *envelope_sender(struct sender *s)
 {
-	struct bsmtp_slice from = slice_of(s->source.sender);
+	struct bsmtp_slice from = slice_of(s->input->sender);
 	char guess[600];
 
-	if (options.from != NULL)
+	if (options.from != NULL && s->detour == NULL)
 		return copy_slice(slice_of(options.from));
-	if (s->source.envelope.from != NULL)
-		return copy_slice(slice_of(s->source.envelope.from));
-	if (s->source.has_sender && same(from, "MAILER-DAEMON"))
+	if (s->input->envelope.from != NULL)
+		return copy_slice(slice_of(s->input->envelope.from));
+	if (s->input->has_sender && same(from, "MAILER-DAEMON"))
 		return copy_slice(slice("", 0));
-	if (s->source.has_sender && bsmtp_mailbox_valid(from, true))
+	if (s->input->has_sender && bsmtp_mailbox_valid(from, true))
 		return copy_slice(from);
 	if (s->header.has_sender)
 		return copy_slice(slice_of(s->header.sender));
@@ -5740,12 +5815,13 @@ static char *envelope_sender(struct sender *s)
 /* Whether the envelope that came with the message says who it is for. */
 static bool has_own_envelope(const struct sender *s)
 {
-	return s->source.envelope.from != NULL && options.to.count == 0 && !options.to_headers;
+	return s->input->envelope.from != NULL && (s->detour != NULL ||
+	    (options.to.count == 0 && !options.to_headers));
 }
 
 static void address_letter(struct sender *s, struct letter *l)
 {
-	struct envelope *e = &s->source.envelope;
+	struct envelope *e = &s->input->envelope;
 
 	l->parameters = copy_slice(slice_of(or_empty(e->from != NULL ? e->parameters :
 	    options.parameters)));
@@ -5777,9 +5853,9 @@ static struct letter *letter_new(struct sender *s)
 
 	memset(l, 0, sizeof *l);
 	l->n = ++s->n;
-	l->offset = s->source.message_offset;
+	l->offset = s->operands.message_offset;
 	l->start_us = now_us();
-	l->source = copy_slice(slice_of(s->source.name));
+	l->source = copy_slice(slice_of(s->operands.name));
 	l->id = copy_slice(slice_of(s->header.id));
 	l->from = envelope_sender(s);
 	l->weight = sizeof *l + strlen(l->source) + strlen(l->id) + strlen(l->from) + 112;
@@ -6112,7 +6188,7 @@ static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 /* Only QUIT's reply is missing: whatever comes in its place changes nothing. */
 static bool is_settled(const struct sender *s)
 {
-	return s->first == NULL && s->source_over && !s->ready;
+	return s->first == NULL && (s->on.again || (s->source_over && !s->ready));
 }
 
 static void on_error(struct sender *s, const struct bsmtp_client_event *e)
@@ -6169,19 +6245,32 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 
 /* ---- writing the stream ---- */
 
+/* What was made of a message too wide is all read. */
+static void end_detour(struct sender *s)
+{
+	if (s->detour == NULL)
+		return;
+	source_free(s->detour);
+	free(s->detour);
+	s->detour = NULL;
+	s->input = &s->operands;
+}
+
 /* Reads on in the source until a message's header is there. */
 static void next_message(struct sender *s)
 {
 	while (!s->ready && !s->source_over) {
-		enum got got = source_next(&s->source);
+		enum got got = source_next(s->input);
 		if (got == GOT_WAIT) {
 			s->source_waits = true;
 			return;
 		}
-		if (got == GOT_END)
+		if (got == GOT_END && s->detour != NULL)
+			end_detour(s);
+		else if (got == GOT_END)
 			s->source_over = true;
 		if (got == GOT_DATA) {
-			read_header(&s->source, &s->header);
+			read_header(s->input, &s->header);
 			s->ready = true;
 		}
 	}
@@ -6190,7 +6279,7 @@ static void next_message(struct sender *s)
 /* Why the message that is ready cannot be sent; NULL if it can. */
 static const char *unsendable(struct sender *s)
 {
-	if (options.to_headers && s->source.head_long)
+	if (options.to_headers && s->input->head_long)
 		return "its header is too long to look for recipients";
 	if (options.to_headers && s->header.malformed)
 		return "a line of its header is no field, so that recipients may be missed";
@@ -6200,7 +6289,7 @@ static const char *unsendable(struct sender *s)
 		return "no recipients in its header";
 	if (!options.to_headers && !has_own_envelope(s) && options.to.count == 0)
 		return "no recipients: give --to ADDR, or -t to take them from the header";
-	if (has_own_envelope(s) && s->source.envelope.to.count == 0)
+	if (has_own_envelope(s) && s->input->envelope.to.count == 0)
 		return "no recipients in its envelope";
 	return NULL;
 }
@@ -6216,21 +6305,118 @@ static bool needs_utf8(const struct sender *s)
 	return utf8;
 }
 
-/* The transaction of the current letter, for a batch: nobody says what is offered,
- * RFC 2442 has 8BITMIME. */
-static void print_letter(const struct sender *s, FILE *f)
+/* The transaction of the current letter, for a batch, to recipients i to `end`:
+ * nobody says what is offered, RFC 2442 has 8BITMIME. */
+static void print_letter(const struct sender *s, FILE *f, size_t i, size_t end)
 {
 	const struct letter *l = s->current;
 	bool own = *l->parameters != '\0';
 
 	fprintf(f, "MAIL FROM:<%s>%s%s\r\n", l->from, own ? l->parameters : " BODY=8BITMIME",
 	    !own && needs_utf8(s) ? " SMTPUTF8" : "");
-	for (size_t i = 0; i < l->to->count; i++)
+	for (; i < end; i++)
 		fprintf(f, "RCPT TO:<%s>%s\r\n", l->to->items[i], rcpt_parameters(l, i));
 	fputs("DATA\r\n", f);
 }
 
-static void begin_letter(struct sender *s)
+/* Waits until a message is there, or the input's end. */
+static void await_message(struct sender *s)
+{
+	struct pollfd p = { 0, POLLIN, 0 };
+
+	do {
+		s->source_waits = false;
+		next_message(s);
+		p.fd = s->input->fd;
+	} while (s->source_waits && (poll(&p, 1, -1) >= 0 || errno == EINTR));
+}
+
+/* The text of the message that is ready, its dots doubled; false where it breaks
+ * off. */
+static bool write_batch_text(struct sender *s, FILE *f)
+{
+	struct bsmtp_encoder encoder = { .dots = true };
+	enum got got;
+
+	for (;;) {
+		struct pollfd p = { s->input->fd, POLLIN, 0 };
+		struct bsmtp_slice text;
+		size_t made, used;
+		got = source_text(s->input, &text);
+		if (got == GOT_WAIT && (poll(&p, 1, -1) >= 0 || errno == EINTR))
+			continue;
+		if (got != GOT_DATA)
+			break;
+		used = bsmtp_encode(&encoder, s->out, sizeof s->out, &made, text.at, text.len);
+		fwrite(s->out, 1, made, f);
+		source_taken(s->input, used);
+		s->current->octets += used;
+	}
+	fwrite(s->out, 1, bsmtp_encode_end(&encoder, s->out), f);
+	s->strays += encoder.strays;
+	source_done(s->input);
+	return got == GOT_END;
+}
+
+/* Writes the message to a file without a name as a batch: one transaction for so
+ * many recipients at a time. */
+static bool write_detour(struct sender *s, FILE *body, FILE *batch, size_t rcpt_max)
+{
+	const struct letter *l = s->current;
+	bool whole = write_batch_text(s, body) && fflush(body) == 0;
+
+	for (size_t i = 0; whole && i < l->to->count; i += rcpt_max) {
+		size_t n;
+		print_letter(s, batch, i, min_size(i + rcpt_max, l->to->count));
+		rewind(body);
+		while ((n = fread(s->in, 1, sizeof s->in, body)) > 0)
+			fwrite(s->in, 1, n, batch);
+		fputs(".\r\n", batch);
+		whole = !ferror(body);
+	}
+	return whole && fflush(batch) == 0 && !ferror(batch);
+}
+
+/* The current letter is left, and what is read next is the batch made of it. */
+static void take_detour(struct sender *s, size_t rcpt_max)
+{
+	FILE *body = tmpfile(), *batch = tmpfile();
+	struct bsmtp_client_event unsent;
+	struct source *detour;
+	int fd = -1;
+
+	if (body != NULL && batch != NULL && write_detour(s, body, batch, rcpt_max))
+		fd = dup(fileno(batch));
+	if (fd < 0 && s->input->status == EX_OK) {
+		diag("temporary file: %s", strerror(errno));
+		worst(&s->status, EX_TEMPFAIL);
+	}
+	if (body != NULL)
+		(void)fclose(body);
+	if (batch != NULL)
+		(void)fclose(batch);
+	if (fd < 0) {
+		memset(&unsent, 0, sizeof unsent);
+		judge(s, s->current, &unsent);
+		return;
+	}
+	letter_free(s, s->current);
+	s->current = NULL;
+	s->n--;
+	detour = grow(NULL, sizeof *detour);
+	memset(detour, 0, sizeof *detour);
+	source_memory(detour);
+	detour->format = FORMAT_BATCH;
+	detour->alone = true;
+	snprintf(detour->name, sizeof detour->name, "%s", s->operands.name);
+	(void)lseek(fd, 0, SEEK_SET);
+	(void)source_start(detour, fd);
+	s->detour = s->input = detour;
+}
+
+/* Begins the message that is ready.  One for more recipients than the server takes
+ * in a transaction (RFC 9422) goes by way of a batch of several. */
+static void begin_letter(struct sender *s, uint64_t rcpt_max)
 {
 	const char *why = unsendable(s);
 	struct letter *l;
@@ -6238,6 +6424,10 @@ static void begin_letter(struct sender *s)
 	l = s->current = letter_new(s);
 	s->ready = false;
 	s->rcpt = 0;
+	if (why == NULL && rcpt_max > 0 && l->to->count > rcpt_max && s->detour == NULL) {
+		take_detour(s, (size_t)rcpt_max);
+		return;
+	}
 	if (why != NULL) {
 		diag("%s: message %llu (offset %llu): %s", shown(l->source), (unsigned long long)l->n,
 		    (unsigned long long)l->offset, why);
@@ -6248,8 +6438,9 @@ static void begin_letter(struct sender *s)
 	*s->last = l;
 	s->last = &l->next;
 	l->position = UINT64_MAX;
+	s->on.transactions++;
 	bsmtp_client_mail(&s->client, slice_of(l->from), needs_utf8(s),
-	    s->source.format == FORMAT_MESSAGE ? s->source.size : 0);
+	    s->input->format == FORMAT_MESSAGE ? s->input->size : 0, slice_of(l->parameters));
 }
 
 /* Feeds text of the message, or drops it: END at its end, DATA when the engine
@@ -6261,11 +6452,11 @@ static enum got move_text(struct sender *s, bool drop)
 	for (;;) {
 		struct bsmtp_slice text;
 		size_t n;
-		got = source_text(&s->source, &text);
+		got = source_text(s->input, &text);
 		if (got != GOT_DATA)
 			break;
 		n = drop ? text.len : bsmtp_client_body(&s->client, text.at, text.len);
-		source_taken(&s->source, n);
+		source_taken(s->input, n);
 		if (s->current != NULL)
 			s->current->octets += n;
 		if (n < text.len)
@@ -6273,7 +6464,7 @@ static enum got move_text(struct sender *s, bool drop)
 	}
 	s->source_waits = got == GOT_WAIT;
 	if (got != GOT_WAIT)
-		source_done(&s->source);
+		source_done(s->input);
 	return got;
 }
 
@@ -6312,6 +6503,33 @@ static bool write_body(struct sender *s)
 	return !s->on.cut;
 }
 
+static void next_rcpt(struct sender *s)
+{
+	bsmtp_client_rcpt(&s->client, slice_of(s->current->to->items[s->rcpt]),
+	    slice_of(rcpt_parameters(s->current, s->rcpt)));
+	s->rcpt++;
+}
+
+/* Between messages: the next one, or the end.  A server that takes only so many in
+ * a session (RFC 9422) is called again for the rest. */
+static bool write_next(struct sender *s)
+{
+	uint64_t mails, rcpts;
+
+	if (s->weight > FLIGHT_MAX)
+		return false;
+	next_message(s);
+	bsmtp_client_limits(&s->client, &mails, &rcpts);
+	s->on.again = s->ready && mails > 0 && s->on.transactions >= mails;
+	if (!s->ready || s->on.again || (options.stop_after > 0 && s->refused >= options.stop_after)) {
+		if (!s->source_waits)
+			bsmtp_client_quit(&s->client);
+	} else {
+		begin_letter(s, rcpts);
+	}
+	return !s->source_waits;
+}
+
 /* One thing that the engine wants; false when it must wait. */
 static bool write_step(struct sender *s)
 {
@@ -6322,17 +6540,10 @@ static bool write_step(struct sender *s)
 		return drop_letter(s);
 	switch (bsmtp_client_want(&s->client)) {
 	case BSMTP_WANT_MAIL:
-		if (s->weight > FLIGHT_MAX)
-			return false;
-		next_message(s);
-		if (s->ready && !(options.stop_after > 0 && s->refused >= options.stop_after))
-			begin_letter(s);
-		else if (!s->source_waits)
-			bsmtp_client_quit(&s->client);
-		return !s->source_waits;
+		return write_next(s);
 	case BSMTP_WANT_RCPT:
 		if (s->rcpt < s->current->to->count)
-			bsmtp_client_rcpt(&s->client, slice_of(s->current->to->items[s->rcpt++]));
+			next_rcpt(s);
 		else
 			bsmtp_client_data(&s->client);
 		return true;
@@ -6478,7 +6689,7 @@ static void wait_for_more(struct sender *s)
 	if (len > 0 && !s->on.broken)
 		p[1].fd = s->on.link.out;
 	if (s->source_waits)
-		p[2].fd = s->source.fd;
+		p[2].fd = s->input->fd;
 	if (options.json)
 		fflush(stdout);
 	n = poll(p, COUNT(p), until == 0 ? -1 : left <= 0 ? 0 :
@@ -6493,7 +6704,7 @@ static void wait_for_more(struct sender *s)
 
 static void show_progress(struct sender *s)
 {
-	s->progress.octets = s->source.passed + s->source.offset;
+	s->progress.octets = s->input->passed + s->input->offset;
 	progress(&s->progress, false);
 }
 
@@ -6549,9 +6760,9 @@ static void settle_rest(struct sender *s)
 	memset(&e, 0, sizeof e);
 	end = now_us() + PATIENCE_US;
 	for (;;) {
-		struct pollfd p = { s->source.fd, POLLIN, 0 };
+		struct pollfd p = { s->input->fd, POLLIN, 0 };
 		s->source_waits = false;
-		if (s->source.in_message && !s->ready)
+		if (s->input->in_message && !s->ready)
 			(void)drop_letter(s);
 		else if (s->ready)
 			s->current = letter_new(s);
@@ -6561,8 +6772,8 @@ static void settle_rest(struct sender *s)
 			next_message(s);
 		s->ready = s->ready && s->current == NULL;
 		if ((s->source_waits && poll(&p, 1, PATIENCE_US / 1000) == 0) ||
-		    (!s->source.regular && now_us() > end)) {
-			diag("%s: the rest of the input was not read", shown(s->source.name));
+		    (!s->input->regular && now_us() > end)) {
+			diag("%s: the rest of the input was not read", shown(s->input->name));
 			worst(&s->status, EX_TEMPFAIL);
 			if (s->current != NULL)
 				judge(s, s->current, &e);
@@ -6577,7 +6788,7 @@ static void report_summary(struct sender *s)
 
 	for (int fate = 0; fate < BSMTP_FATES; fate++)
 		messages += s->counts[fate];
-	s->progress.octets = s->source.passed + s->source.offset;
+	s->progress.octets = s->input->passed + s->input->offset;
 	progress(&s->progress, true);
 	diag_doubt(s);
 	if (s->counts[BSMTP_UNSENT] > 0 && options.output == NULL)
@@ -6599,45 +6810,6 @@ static void report_summary(struct sender *s)
 
 /* ---- the stream at rest ---- */
 
-/* Waits until a message is there, or the input's end. */
-static void await_message(struct sender *s)
-{
-	struct pollfd p = { 0, POLLIN, 0 };
-
-	do {
-		s->source_waits = false;
-		next_message(s);
-		p.fd = s->source.fd;
-	} while (s->source_waits && (poll(&p, 1, -1) >= 0 || errno == EINTR));
-}
-
-/* The text of the message that is ready, its dots doubled; false where it breaks
- * off. */
-static bool write_batch_text(struct sender *s, FILE *f)
-{
-	struct bsmtp_encoder encoder = { .dots = true };
-	enum got got;
-
-	for (;;) {
-		struct pollfd p = { s->source.fd, POLLIN, 0 };
-		struct bsmtp_slice text;
-		size_t made, used;
-		got = source_text(&s->source, &text);
-		if (got == GOT_WAIT && (poll(&p, 1, -1) >= 0 || errno == EINTR))
-			continue;
-		if (got != GOT_DATA)
-			break;
-		used = bsmtp_encode(&encoder, s->out, sizeof s->out, &made, text.at, text.len);
-		fwrite(s->out, 1, made, f);
-		source_taken(&s->source, used);
-		s->current->octets += used;
-	}
-	fwrite(s->out, 1, bsmtp_encode_end(&encoder, s->out), f);
-	s->strays += encoder.strays;
-	source_done(&s->source);
-	return got == GOT_END;
-}
-
 /* What would be sent, as an RFC 2442 object.  A message that breaks off is taken
  * out again, where the file lets it; else nothing may follow it. */
 static bool write_batch_message(struct sender *s, FILE *f)
@@ -6657,7 +6829,7 @@ static bool write_batch_message(struct sender *s, FILE *f)
 		(void)drop_letter(s);
 		return true;
 	}
-	print_letter(s, f);
+	print_letter(s, f, 0, s->current->to->count);
 	whole = write_batch_text(s, f);
 	if (whole)
 		fputs(".\r\n", f);
@@ -6785,7 +6957,7 @@ static bool lacks_recipients(const struct sender *s)
 	bool given = options.to.count > 0 || options.to_headers;
 
 	return !given && (s->ready ? !has_own_envelope(s) : options.format == FORMAT_AUTO &&
-	    s->source.status == EX_OK);
+	    s->input->status == EX_OK);
 }
 
 /* One connection, from the call to the last reply; the exit status of having none. */
@@ -6804,6 +6976,7 @@ static int hold_dialogue(struct sender *s)
 	if (s->config.no_grace && s->config.mode == BSMTP_MODE_BSMTP && !s->config.await_greeting)
 		trace_note(&s->trace, "no grace");
 	converse(s);
+	s->on.again = s->on.again && s->first == NULL;
 	s->strays += bsmtp_client_strays(&s->client);
 	link_close(&s->on.link);
 	end_command(s);
@@ -6820,7 +6993,7 @@ static int send_mail(struct sender *s)
 		return EX_USAGE;
 	}
 	if (!s->ready) {
-		if (s->status == EX_OK && s->source.status == EX_OK)
+		if (s->status == EX_OK && s->input->status == EX_OK)
 			diag("nothing to send");
 		report_summary(s);
 		return EX_OK;
@@ -6863,12 +7036,12 @@ static enum got raw_input(struct sender *s, struct bsmtp_slice *text)
 {
 	for (;;) {
 		enum got got;
-		if (!s->source.opened && !source_open(&s->source))
+		if (!s->input->opened && !source_open(s->input))
 			return GOT_END;
-		got = source_text(&s->source, text);
+		got = source_text(s->input, text);
 		if (got == GOT_DATA || got == GOT_WAIT)
 			return got;
-		source_close(&s->source);
+		source_close(s->input);
 	}
 }
 
@@ -6888,10 +7061,10 @@ static int converse_raw(struct sender *s)
 			if (n == LINK_FAILED)
 				over = true;
 			if (n > 0)
-				source_taken(&s->source, (size_t)n);
+				source_taken(s->input, (size_t)n);
 			p[1].fd = n == LINK_AGAIN ? s->on.link.out : -1;
 		}
-		p[2].fd = got == GOT_WAIT ? s->source.fd : -1;
+		p[2].fd = got == GOT_WAIT ? s->input->fd : -1;
 		n = poll(p, COUNT(p), got == GOT_DATA && p[1].fd < 0 ? 0 : !over ? -1 :
 		    (int)min_size((size_t)options.timeout_ms, INT_MAX));
 		if (n == 0 && over)
@@ -6933,8 +7106,8 @@ static int send_main(void)
 	s->fallback = (enum bsmtp_mode)options.fallback;
 	s->start_us = s->trace.start_us = s->progress.start_us = now_us();
 	s->progress.input = input_size();
-	s->source.head = grow(NULL, HEAD_MAX);
-	s->source.window = grow(NULL, WINDOW_SIZE);
+	s->input = &s->operands;
+	source_memory(s->input);
 	s->config = (struct bsmtp_client_config){
 		.mode = (enum bsmtp_mode)options.mode,
 		.framing = (enum bsmtp_framing)options.framing,
@@ -6949,13 +7122,10 @@ static int send_main(void)
 	status = options.format == FORMAT_RAW ? send_raw(s) :
 	    options.output != NULL ? write_batch(s) : send_mail(s);
 	worst(&status, s->status);
-	worst(&status, s->source.status);
-	source_close(&s->source);
-	if (s->source.dir != NULL)
-		closedir(s->source.dir);
+	worst(&status, s->operands.status);
+	end_detour(s);
+	source_free(&s->operands);
 	list_free(&s->header.to);
-	free(s->source.head);
-	free(s->source.window);
 	free(s);
 	if (!stdout_good())
 		worst(&status, EX_IOERR);

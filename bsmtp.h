@@ -296,7 +296,9 @@ enum bsmtp_keyword {            /* service extensions, as bits */
 	BSMTP_KEY_CHUNKING = 1 << 4,
 	BSMTP_KEY_ENHANCEDSTATUSCODES = 1 << 5,
 	BSMTP_KEY_SIZE = 1 << 6,
-	BSMTP_KEYS_ALL = (1 << 7) - 1
+	BSMTP_KEY_LIMITS = 1 << 7,      /* RFC 9422 */
+	BSMTP_KEYS_ALL = (1 << 8) - 1,  /* those that a server here can offer */
+	BSMTP_KEY_DSN = 1 << 8          /* RFC 3461: the client passes parameters on */
 };
 
 enum bsmtp_error {              /* why a session ended before its time */
@@ -420,6 +422,7 @@ struct bsmtp_client {           /* complete, to be embedded; fields are private 
 	bool sure;              /* it is known whether the opening was answered */
 	bool streamed;          /* commands followed the opening */
 	unsigned offered;       /* enum bsmtp_keyword bits of the opening's reply */
+	uint64_t mail_max, rcpt_max;
 	/* the message being written */
 	bool first;             /* no MAIL was written yet */
 	bool unsure;            /* RSET is needed before the next MAIL */
@@ -456,11 +459,13 @@ enum bsmtp_want bsmtp_client_want(const struct bsmtp_client *client);
 /* The parts of a transaction, each allowed when bsmtp_client_want() says so.
  * The mailboxes must be valid (bsmtp_mailbox_valid(), or empty for the null
  * reverse-path, or "Postmaster" for RCPT).  `utf8`: the message needs SMTPUTF8.
- * `size`: its octets, as near as is known; 0 when it is not.  Parameters that
- * the server does not offer are left out. */
+ * `size`: its octets, as near as is known; 0 when it is not.  `parameters` are
+ * esmtp-params to go with it, as from a batch: those of SIZE, 8BITMIME, SMTPUTF8
+ * and DSN (RFC 3461) are known.  What the server does not offer is left out. */
 void bsmtp_client_mail(struct bsmtp_client *client, struct bsmtp_slice mailbox, bool utf8,
-    uint64_t size);
-void bsmtp_client_rcpt(struct bsmtp_client *client, struct bsmtp_slice mailbox);
+    uint64_t size, struct bsmtp_slice parameters);
+void bsmtp_client_rcpt(struct bsmtp_client *client, struct bsmtp_slice mailbox,
+    struct bsmtp_slice parameters);
 void bsmtp_client_data(struct bsmtp_client *client);    /* no more recipients */
 
 /* Local text of the body, LF or CRLF (see bsmtp_encode()).  Returns the octets
@@ -506,6 +511,10 @@ uint64_t bsmtp_client_position(const struct bsmtp_client *client);
 
 /* Octets of the stream that have been sent. */
 uint64_t bsmtp_client_sent_total(const struct bsmtp_client *client);
+
+/* How many transactions the server takes in a session, and recipients in each
+ * (RFC 9422); 0: it has not said. */
+void bsmtp_client_limits(const struct bsmtp_client *client, uint64_t *mails, uint64_t *rcpts);
 
 /* Replies that are awaited. */
 size_t bsmtp_client_owed(const struct bsmtp_client *client);
