@@ -1512,6 +1512,13 @@ static const struct {
 	{ "NOTIFY", BSMTP_KEY_DSN }, { "ORCPT", BSMTP_KEY_DSN },
 };
 
+/* Puts a parameter whole, or not at all. */
+static void put_parameter(struct text *t, struct bsmtp_slice parameter)
+{
+	if (parameter.len <= t->cap - t->len)
+		put(t, parameter);
+}
+
 /* Puts those of a list that may be used; returns the keys of all that it names. */
 static unsigned put_parameters(struct text *t, struct bsmtp_slice list, unsigned keys)
 {
@@ -1524,8 +1531,8 @@ static unsigned put_parameters(struct text *t, struct bsmtp_slice list, unsigned
 			if (!same(p.keyword, parameter_rows[i].name))
 				continue;
 			named |= parameter_rows[i].key;
-			if ((keys & parameter_rows[i].key) && t->len + (size_t)n < t->cap)
-				put(t, slice(list.at, (size_t)n));
+			if (keys & parameter_rows[i].key)
+				put_parameter(t, slice(list.at, (size_t)n));
 		}
 		list = slice(list.at + n, list.len - (size_t)n);
 	}
@@ -1535,8 +1542,8 @@ static unsigned put_parameters(struct text *t, struct bsmtp_slice list, unsigned
 void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool utf8,
     uint64_t size, struct bsmtp_slice parameters)
 {
-	char line[BSMTP_COMMAND_MAX];
-	struct text t = { line, 0, sizeof line - 2 };
+	char line[BSMTP_COMMAND_MAX], number[32];
+	struct text t = { line, 0, sizeof line - 2 }, sized = { number, 0, sizeof number };
 	unsigned keys = client_keys(c);
 
 	if (c->first)
@@ -1548,13 +1555,13 @@ void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool 
 	put_string(&t, ">");
 	keys &= ~put_parameters(&t, parameters, keys);
 	if (keys & BSMTP_KEY_8BITMIME)
-		put_string(&t, " BODY=8BITMIME");
+		put_parameter(&t, slice_of(" BODY=8BITMIME"));
 	if (utf8 && (keys & BSMTP_KEY_SMTPUTF8))
-		put_string(&t, " SMTPUTF8");
-	if (size > 0 && (keys & BSMTP_KEY_SIZE)) {
-		put_string(&t, " SIZE=");
-		put_number(&t, size);
-	}
+		put_parameter(&t, slice_of(" SMTPUTF8"));
+	put_string(&sized, " SIZE=");
+	put_number(&sized, size);
+	if (size > 0 && (keys & BSMTP_KEY_SIZE))
+		put_parameter(&t, slice(number, sized.len));
 	write_line(c, BSMTP_VERB_MAIL, slice(line, t.len));
 	c->first = false;
 	c->unsure = c->writing = c->streamed = true;
@@ -1818,8 +1825,6 @@ static void answer_mail(struct bsmtp_client *c, struct bsmtp_client_event *event
 		return;
 	c->mail_bad = true;
 	keep_verdict(c, event);
-	if (c->lockstep && c->state == CLIENT_RCPT)
-		c->state = CLIENT_SKIP;
 }
 
 static void answer_rcpt(struct bsmtp_client *c, struct bsmtp_client_event *event)
@@ -1861,11 +1866,8 @@ static void answer_body(struct bsmtp_client *c, struct bsmtp_client_event *event
 {
 	if (c->verdict.code == 0 && (last || event->code / 100 != 2))
 		keep_verdict(c, event);
-	if (!last) {
-		if (c->lockstep && event->code / 100 != 2 && c->state == CLIENT_BODY)
-			c->state = CLIENT_SKIP;
+	if (!last)
 		return;
-	}
 	if (event->code / 100 == 2 && c->due_count == 0 && !c->writing)
 		c->unsure = false;
 	give_fate(c, event, true);
@@ -2042,6 +2044,22 @@ static void find_opening(struct bsmtp_client *c, const struct bsmtp_client_event
 		answered(c);
 }
 
+/* All replies are in, and in lockstep they tell how to go on: a message that is
+ * refused already is not sent any further; and RSET cannot go together with the
+ * MAIL that it makes room for. */
+static void take_turn(struct bsmtp_client *c)
+{
+	bool refused = c->judging && (c->mail_bad || c->verdict.code / 100 > 2);
+	bool nobody = c->judging && c->rcpts_good == 0;
+
+	if (c->state == CLIENT_RCPT && c->judging && c->mail_bad)
+		c->state = CLIENT_SKIP;
+	else if (c->state == CLIENT_BODY && c->bdat && !c->chunk_open && (refused || nobody))
+		c->state = CLIENT_SKIP;
+	else if (c->state == CLIENT_MAIL && needs_reset(c))
+		write_reset(c);
+}
+
 /* BDAT is not known there, and its chunk was run as commands: from here on replies
  * and what was asked no longer match. */
 static bool runs_bodies(const struct bsmtp_client *c, const struct bsmtp_client_event *event)
@@ -2084,9 +2102,8 @@ static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event, uns
 	code = event->code;
 	answer_verb(c, event);
 	c->previous = code;
-	/* In lockstep RSET cannot go with the MAIL that it makes room for. */
-	if (c->lockstep && c->state == CLIENT_MAIL && c->due_count == 0 && needs_reset(c))
-		write_reset(c);
+	if (c->lockstep && c->due_count == 0)
+		take_turn(c);
 }
 /* One line of a reply; its event, when it is the last. */
 static void reply_line(struct bsmtp_client *c, const struct bsmtp_reply_line *line, size_t len,
