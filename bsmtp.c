@@ -356,7 +356,7 @@ static bool is_ipv6(struct bsmtp_slice s)
 			i++;
 		if (i < s.len && s.at[i] == '.') {
 			groups += 2;
-			return groups <= 8 && (gap ? groups < 8 : groups == 8) &&
+			return groups <= 8 && (gap ? groups < 7 : groups == 8) &&
 			    is_ipv4(slice(s.at + start, s.len - start));
 		}
 		if (i == start || i - start > 4 || ++groups > 8)
@@ -372,7 +372,7 @@ static bool is_ipv6(struct bsmtp_slice s)
 			i++;
 		}
 	}
-	return gap ? groups < 8 : groups == 8;
+	return gap ? groups < 7 : groups == 8;
 }
 
 /* "[" IPv4 / "IPv6:" IPv6 / Standardized-tag ":" 1*dcontent "]". */
@@ -612,10 +612,14 @@ static struct bsmtp_slice next_word(struct bsmtp_slice *s)
 	return word;
 }
 
+/* A word; not one whose quote or bracket is never closed. */
 static bool is_word(struct bsmtp_slice w)
 {
-	return w.len > 0 && (w.at[0] == '"' || w.at[0] == '[' || w.at[0] == '.' ||
-	    is_atext(w.at[0]) || is_8bit(w.at[0]));
+	char first = w.len > 0 ? w.at[0] : '\0', last = w.len > 1 ? w.at[w.len - 1] : '\0';
+
+	if (first == '"' || first == '[')
+		return last == (first == '"' ? '"' : ']');
+	return first == '.' || is_atext(first) || is_8bit(first);
 }
 
 /* Whether w goes on with the address collected so far: words are joined by dots
@@ -634,6 +638,8 @@ int bsmtp_address_next(struct bsmtp_slice *list, char *out, size_t *len)
 	struct text t = { out, 0, BSMTP_MAILBOX_MAX };
 	bool angle = false, closed = false, phrase = false;
 
+	if (list->len == 0)             /* its `at` may be NULL */
+		*list = slice("", 0);
 	for (;;) {
 		struct bsmtp_slice w = next_word(list);
 		char c = w.len > 0 ? w.at[0] : '\0';
@@ -917,6 +923,7 @@ enum bsmtp_mbox_event bsmtp_mbox_next(struct bsmtp_mbox *m, const char *in, size
     bool last, size_t *used, struct bsmtp_slice *out)
 {
 	*used = 0;
+	in = len > 0 ? in : "";
 	*out = slice(in, 0);
 	for (;;) {
 		const char *at = in + *used;
@@ -1126,6 +1133,7 @@ enum bsmtp_batch_event bsmtp_batch_next(struct bsmtp_batch *b, const char *in, s
 	enum bsmtp_batch_event event = BSMTP_BATCH_NEED;
 
 	*used = 0;
+	in = len > 0 ? in : "";
 	*parameters = *text = slice(in, 0);
 	while (event == BSMTP_BATCH_NEED && (*used < len || last)) {
 		const char *at = in + *used;
@@ -2356,7 +2364,7 @@ enum {
 	ANSWER_RCPT, ANSWER_DATA, ANSWER_CHUNK, ANSWER_RSET, ANSWER_NOOP, ANSWER_VRFY,
 	ANSWER_HELP, ANSWER_QUIT, ANSWER_CUSTOM, ANSWER_DROP, ANSWER_SILENT, ANSWER_UNKNOWN,
 	ANSWER_NOT_HERE, ANSWER_FOREIGN, ANSWER_LONG, ANSWER_NEWLINE, ANSWER_OCTET,
-	ANSWER_BAD_HELO, ANSWER_BAD_PATH, ANSWER_BAD_PARAMETER, ANSWER_NO_PARAMETER,
+	ANSWER_BAD_HELO, ANSWER_BAD_PATH, ANSWER_BAD_RCPT, ANSWER_BAD_PARAMETER, ANSWER_NO_PARAMETER,
 	ANSWER_BAD_BDAT, ANSWER_NEEDS_UTF8, ANSWER_NO_HELLO, ANSWER_NESTED, ANSWER_NO_MAIL,
 	ANSWER_NO_RCPT, ANSWER_TOO_MANY, ANSWER_TOO_BIG, ANSWER_BARE_NEWLINE, ANSWER_NO_SMTP,
 	ANSWERS
@@ -2396,6 +2404,7 @@ static const struct {
 	[ANSWER_OCTET] = { "500", "5.5.2 control character in the line" },
 	[ANSWER_BAD_HELO] = { "501", "5.5.4 a domain or an address literal is needed" },
 	[ANSWER_BAD_PATH] = { "501", "5.1.7 not an address: <local-part@domain> is needed" },
+	[ANSWER_BAD_RCPT] = { "501", "5.1.3 not an address: <local-part@domain> is needed" },
 	[ANSWER_BAD_PARAMETER] = { "501", "5.5.4 parameter malformed" },
 	[ANSWER_NO_PARAMETER] = { "555", "5.5.4 parameter not known" },
 	[ANSWER_BAD_BDAT] = { "501", "5.5.4 BDAT needs a length: closing, for what follows it has no end" },
@@ -2700,7 +2709,8 @@ static void finish_body(struct bsmtp_server *s, struct bsmtp_server_event *event
 	uint64_t argument = 0;
 	unsigned answer = BSMTP_ANSWER_STORED;
 
-	tap_line(s->config->tap, s->tap_context, BSMTP_TAP_BODY, slice("", 0), s->wire);
+	if (!s->resumed)
+		tap_line(s->config->tap, s->tap_context, BSMTP_TAP_BODY, slice("", 0), s->wire);
 	s->wire = 0;
 	s->state = SERVER_COMMAND;
 	if (s->newlines.bad && !s->config->normalize)
@@ -2792,9 +2802,9 @@ static size_t in_data(struct bsmtp_server *s, const char *in, size_t len,
 	used = bsmtp_decode(&s->decoder, in, len, &text);
 	taken = body_text(s, text.at, text.len, event);
 	if (taken < text.len) {
-		size_t lead = (size_t)(text.at - in);
 		s->decoder = before;
-		used = taken > 0 ? bsmtp_decode(&s->decoder, in, lead + taken, &text) : 0;
+		used = taken == 0 ? 0 :
+		    bsmtp_decode(&s->decoder, in, (size_t)(text.at - in) + taken, &text);
 	}
 	s->wire += used;
 	return used;
@@ -2973,7 +2983,7 @@ static void act_rcpt(struct bsmtp_server *s, struct call *call)
 	if (!s->mail_ok || s->chunks)
 		refusal = s->chunks ? ANSWER_NESTED : ANSWER_NO_MAIL;
 	else if (used <= 0)
-		refusal = ANSWER_BAD_PATH;
+		refusal = ANSWER_BAD_RCPT;
 	else if ((size_t)used < rest.len)
 		refusal = ANSWER_NO_PARAMETER;
 	else if (bsmtp_has_8bit(path) && !s->utf8)
@@ -3130,6 +3140,8 @@ static struct bsmtp_slice fault_argument(const struct call *call)
  * for DATA and BDAT, whose body may follow in any case. */
 static bool fault_permits(struct bsmtp_server *s, struct call *call, const struct bsmtp_fault *f)
 {
+	bool ends;
+
 	call->custom = fault_answer(s, f, &call->custom_argument);
 	if (f->action == BSMTP_FAULT_DROP) {
 		abort_transaction(s, call->event);
@@ -3137,12 +3149,13 @@ static bool fault_permits(struct bsmtp_server *s, struct call *call, const struc
 		end_with(s, BSMTP_END_ERROR);
 		return false;
 	}
-	if (f->action == BSMTP_FAULT_SILENT || f->reply.at[0] < '4' || call->verb == BSMTP_VERB_BDAT ||
-	    call->verb == BSMTP_VERB_DATA)
+	ends = f->action == BSMTP_FAULT_REPLY && memcmp(f->reply.at, "421", 3) == 0;
+	if (!ends && (f->action == BSMTP_FAULT_SILENT || f->reply.at[0] < '4' ||
+	    call->verb == BSMTP_VERB_BDAT || call->verb == BSMTP_VERB_DATA))
 		return true;
 	s->mail_tried = s->mail_tried || call->verb == BSMTP_VERB_MAIL;
 	owe(s, call->custom, call->custom_argument);
-	if (memcmp(f->reply.at, "421", 3) == 0) {
+	if (ends) {
 		abort_transaction(s, call->event);
 		end_with(s, BSMTP_END_ERROR);
 	}
@@ -3297,6 +3310,7 @@ size_t bsmtp_server_in(struct bsmtp_server *s, const char *in, size_t len,
 {
 	size_t used = 0;
 
+	in = len > 0 ? in : "";
 	memset(event, 0, sizeof *event);
 	if (s->aborting) {              /* a hello in mid-transaction was two events */
 		s->aborting = false;

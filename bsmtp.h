@@ -212,9 +212,9 @@ struct bsmtp_decoder {
 	bool ended;             /* the end was read */
 };
 
-/* Reads from in[0..len), returns the octets used, over 0 unless len is 0 or
- * the end was read.  *text gets the octets of the body among them: one run,
- * maybe empty. */
+/* Reads from in[0..len), returns the octets used, and in *text one run of the
+ * body's text among them.  One of the two is over 0 unless len is 0 or the end
+ * was read. */
 size_t bsmtp_decode(struct bsmtp_decoder *decoder, const char *in, size_t len,
     struct bsmtp_slice *text);
 
