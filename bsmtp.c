@@ -3498,6 +3498,7 @@ static struct options {
 	uint64_t grace_ms, stop_after;
 	/* listen */
 	unsigned store;
+	bool store_given;
 	char *store_path;
 	struct cidr *allow;
 	size_t allow_count;
@@ -5692,7 +5693,7 @@ static void diag(const char *format, ...)
 /* sysexits in the order of bsmtp(1): the worst first. */
 static void worst(int *status, int other)
 {
-	static const int order[] = { EX_OK, EX_SOFTWARE, EX_CANTCREAT, EX_IOERR, EX_UNAVAILABLE,
+	static const int order[] = { EX_OK, EX_SOFTWARE, EX_OSERR, EX_CANTCREAT, EX_IOERR, EX_UNAVAILABLE,
 		EX_TEMPFAIL, EX_PROTOCOL, EX_NOPERM, EX_NOHOST, EX_DATAERR, EX_NOINPUT, EX_USAGE };
 
 	for (size_t i = COUNT(order); i-- > 0;)
@@ -6263,7 +6264,7 @@ static bool recall_peer(const struct sender *s, bool change, bool speaks)
 	bool known;
 
 	peers_path(path, sizeof path);
-	if (!s->automatic || *path == '\0')
+	if (!s->automatic || *path == '\0' || options.connect_command != NULL)
 		return false;
 	rest = read_peers(path, options.server, &known);
 	if (change && known != speaks)
@@ -6308,6 +6309,11 @@ static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 {
 	bool retry = e->error == BSMTP_E_REFUSED && s->config.mode == BSMTP_MODE_BSMTP;
 
+	if (s->on.child > 0 && !s->on.greeted && e->code == 0) {
+		diag("%s: it ended before a server had spoken", s->peer);
+		worst(&s->status, EX_TEMPFAIL);
+		return;
+	}
 	forget_peer(s, e->error);
 	if (e->error == BSMTP_E_REFUSED && !e->late && falls_back(s)) {
 		s->on.again = true;
@@ -6444,15 +6450,28 @@ static bool needs_utf8(const struct sender *s)
 	return utf8;
 }
 
+static bool names_parameter(const char *list, const char *name)
+{
+	struct bsmtp_slice rest = slice_of(list);
+	struct bsmtp_parameter p;
+	ptrdiff_t n;
+
+	for (; (n = bsmtp_parameter_parse(&p, rest.at, rest.len)) > 0;
+	    rest = slice(rest.at + n, rest.len - (size_t)n))
+		if (same(p.keyword, name))
+			return true;
+	return false;
+}
+
 /* The transaction of the current letter, for a batch, to recipients i to `end`:
  * nobody says what is offered, RFC 2442 has 8BITMIME. */
 static void print_letter(const struct sender *s, FILE *f, size_t i, size_t end)
 {
 	const struct letter *l = s->current;
-	bool own = *l->parameters != '\0';
 
-	fprintf(f, "MAIL FROM:<%s>%s%s\r\n", l->from, own ? l->parameters : " BODY=8BITMIME",
-	    !own && needs_utf8(s) ? " SMTPUTF8" : "");
+	fprintf(f, "MAIL FROM:<%s>%s%s%s\r\n", l->from, l->parameters,
+	    names_parameter(l->parameters, "BODY") ? "" : " BODY=8BITMIME",
+	    needs_utf8(s) && !names_parameter(l->parameters, "SMTPUTF8") ? " SMTPUTF8" : "");
 	for (; i < end; i++)
 		fprintf(f, "RCPT TO:<%s>%s\r\n", l->to->items[i], rcpt_parameters(l, i));
 	fputs("DATA\r\n", f);
@@ -8533,6 +8552,8 @@ static const char *parse_mode(const char *text, void *where)
 
 static const char *parse_fallback(const char *text, void *where)
 {
+	if (strcmp(text, "bsmtp") == 0)
+		return "that is what was refused";
 	return parse_word(text, where, BSMTP_MODES, mode_word);
 }
 
@@ -8646,6 +8667,9 @@ static const char *parse_cidr(const char *text, void *where)
 
 static const char *set_store(enum store_kind kind, const char *path)
 {
+	if (options.store_given)
+		return "one store is enough";
+	options.store_given = true;
 	options.store = kind;
 	return path == NULL ? NULL : parse_text(path, &options.store_path);
 }
@@ -8867,6 +8891,17 @@ static int read_environment(enum program program)
 
 enum { DONE = -1 };
 
+/* What may be repeated adds up, but not to what the environment says. */
+static void forget_list(const struct option_row *row)
+{
+	if (row->parse == parse_to)
+		list_free(&options.to);
+	else if (row->parse == parse_cidr)
+		options.allow_count = 0;
+	else if (row->parse == parse_fault)
+		options.fault_count = 0;
+}
+
 /* Reads the command line behind the verb: EX_OK, EX_USAGE, or DONE. */
 static int read_options(enum program program, int argc, char **argv)
 {
@@ -8874,8 +8909,9 @@ static int read_options(enum program program, int argc, char **argv)
 	char shorts[COUNT(option_rows) * 2 + 1];
 	size_t n = 0, k = 0;
 	int found, index = -1, status = read_environment(program);
-	bool to_given = false;
+	bool given[COUNT(option_rows)] = { false };
 
+	options.store_given = false;            /* the command line wins */
 	memset(longs, 0, sizeof longs);
 	for (size_t i = 0; i < COUNT(option_rows); i++) {
 		const struct option_row *row = &option_rows[i];
@@ -8902,10 +8938,9 @@ static int read_options(enum program program, int argc, char **argv)
 			usage(program);
 			return DONE;
 		}
-		if (row->parse == parse_to && !to_given) {      /* it wins over the environment */
-			list_free(&options.to);
-			to_given = true;
-		}
+		if (!given[row - option_rows])
+			forget_list(row);
+		given[row - option_rows] = true;
 		status = set_option(row, optarg, "--");
 	}
 	for (int i = optind; i < argc && status == EX_OK; i++)
@@ -9111,6 +9146,7 @@ static int sendmail_mode(const char *mode)
 		return EX_OK;
 	case 's':               /* a dialogue: each message is sent on by one of us */
 		options.stdio = true;
+		options.json = false;
 		(void)set_store(STORE_EXEC, relay);
 		return EX_OK;
 	case 'S':
