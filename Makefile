@@ -5,7 +5,7 @@ CC = cc
 CFLAGS = -O2 -g
 WARN = -std=c11 -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes \
 	-Wwrite-strings -Wcast-qual -Wformat=2 -Wundef -Wvla -Wconversion
-LIBS = -lpthread
+LIBS = -lssl -lcrypto -lpthread
 PREFIX = /usr/local
 BINDIR = $(PREFIX)/bin
 MANDIR = $(PREFIX)/share/man

@@ -14,7 +14,7 @@
  *	 6 server engine	one row a verb, one row an answer; held replies
  *	 7 names		modes, fates, keywords, errors as words
  *	---- the wall: above, no operating system; below, all of it ----
- *	 8 link			addresses and sockets
+ *	 8 link			addresses, sockets, TLS
  *	 9 sources		files, pipes, Maildirs as streams of messages
  *	10 stores		Maildir, eml, discard; the committer
  *	11 watchers		diagnostics, trace, JSON
@@ -39,6 +39,7 @@
  *
  * Build switches
  *	BSMTP_NO_MAIN	the engines alone, a library (bsmtp.h, bsmtp(3))
+ *	BSMTP_NO_TLS	without OpenSSL
  *	BSMTP_TORTURE	one octet a read or write, the smallest buffers
  */
 
@@ -76,8 +77,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sysexits.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
+#ifndef BSMTP_NO_TLS
+#include <openssl/bio.h>
+#include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/kdf.h>
+#include <openssl/pem.h>
+#include <openssl/rand.h>
+#include <openssl/ssl.h>
+#include <openssl/x509v3.h>
+#endif
 #endif
 #if defined(__SSE2__) && !defined(BSMTP_TORTURE)
 #include <emmintrin.h>
@@ -245,6 +257,48 @@ bool bsmtp_utf8_valid(struct bsmtp_slice text)
 			return false;
 		text = slice(text.at + n, text.len - n);
 	}
+	return true;
+}
+
+/* RFC 4648 4. */
+static const char base64_digits[] =
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+static void put_base64(struct text *t, struct bsmtp_slice s)
+{
+	for (size_t i = 0; i < s.len; i += 3) {
+		unsigned n = (unsigned)(unsigned char)s.at[i] << 16;
+		char four[4] = { '=', '=', '=', '=' };
+		n |= i + 1 < s.len ? (unsigned)(unsigned char)s.at[i + 1] << 8 : 0;
+		n |= i + 2 < s.len ? (unsigned)(unsigned char)s.at[i + 2] : 0;
+		for (size_t k = 0; k < 4 && (k < 2 || i + k - 1 < s.len); k++)
+			four[k] = base64_digits[n >> (18 - 6 * k) & 63];
+		put(t, slice(four, 4));
+	}
+}
+
+/* Decodes to t; false where it is no base64, or does not fit. */
+static bool take_base64(struct text *t, struct bsmtp_slice s)
+{
+	size_t pad = 0;
+
+	while (pad < 2 && s.len > pad && s.at[s.len - pad - 1] == '=')
+		pad++;
+	if (s.len % 4 != 0 || t->cap - t->len < s.len / 4 * 3)
+		return false;
+	for (size_t i = 0; i < s.len; i += 4) {
+		unsigned n = 0;
+		for (size_t k = 0; k < 4; k++) {
+			const char *digit = i + k < s.len - pad && s.at[i + k] != '\0' ?
+			    strchr(base64_digits, s.at[i + k]) : i + k < s.len - pad ? NULL : base64_digits;
+			if (digit == NULL)
+				return false;
+			n = n << 6 | (unsigned)(digit - base64_digits);
+		}
+		for (size_t k = 0; k < 3; k++)
+			t->at[t->len++] = (char)(n >> (16 - 8 * k) & 255);
+	}
+	t->len -= pad;
 	return true;
 }
 
@@ -1421,6 +1475,9 @@ enum client_state {
 	CLIENT_GREETING,        /* waits for the greeting before it opens */
 	CLIENT_OPENING,         /* waits for the opening's reply */
 	CLIENT_GRACE,           /* likewise, but not for ever */
+	CLIENT_TLS,             /* waits for the reply that TLS follows */
+	CLIENT_SECURING,        /* waits for TLS */
+	CLIENT_AUTH,            /* waits for AUTH's reply */
 	CLIENT_MAIL,            /* between messages */
 	CLIENT_RCPT,            /* among the recipients */
 	CLIENT_DATA,            /* waits for 354 */
@@ -1470,16 +1527,79 @@ static void write_line(struct bsmtp_client *c, enum bsmtp_verb verb, struct bsmt
 	expect(c, verb);
 }
 
+static void fail(struct bsmtp_client *c, struct bsmtp_client_event *event,
+    enum bsmtp_error error)
+{
+	event->type = BSMTP_CLIENT_ERROR;
+	event->error = error;
+	c->state = CLIENT_OVER;
+}
+
+/* A line that no transcript shows. */
+static void write_secret(struct bsmtp_client *c, enum bsmtp_verb verb, struct bsmtp_slice line,
+    const char *shown)
+{
+	struct text t = { c->out, c->made, c->out_size };
+
+	tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_COMMAND, slice_of(shown), 0);
+	put(&t, line);
+	put_string(&t, "\r\n");
+	c->made = c->ready = t.len;
+	expect(c, verb);
+}
+
+static bool wants_auth(const struct bsmtp_client *c)
+{
+	return c->config->user != NULL && !c->authed;
+}
+
+enum { AUTH_QUESTIONS = 2 };    /* that LOGIN has */
+
+/* PLAIN with its initial response, no turnaround (RFC 4954 4); LOGIN where a server
+ * has nothing else. */
+static void write_auth(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	char line[1024], plain[520];
+	struct text t = { line, 0, sizeof line }, p = { plain, 0, sizeof plain };
+	bool login = c->opened && !c->auth_plain && c->auth_login;
+
+	c->authed = true;
+	c->auth_asked = login ? 0 : AUTH_QUESTIONS;
+	if (c->opened && !c->auth_plain && !c->auth_login) {
+		fail(c, event, BSMTP_E_AUTH);
+		return;
+	}
+	put(&p, slice("", 1));
+	put_string(&p, c->config->user);
+	put(&p, slice("", 1));
+	put_string(&p, c->config->password);
+	put_string(&t, login ? "AUTH LOGIN" : "AUTH PLAIN ");
+	if (!login)
+		put_base64(&t, slice(plain, p.len));
+	write_secret(c, BSMTP_VERB_AUTH, slice(line, t.len), login ? "AUTH LOGIN" : "AUTH PLAIN ****");
+	if (mode_of(c)->opening != BSMTP_VERB_BSMTP)
+		c->state = CLIENT_AUTH;
+	memset(line, 0, sizeof line);
+	memset(plain, 0, sizeof plain);
+}
+
 static void write_opening(struct bsmtp_client *c, enum bsmtp_verb verb)
 {
 	char line[BSMTP_COMMAND_MAX];
 	struct text t = { line, 0, sizeof line - 2 };
 	const struct mode *mode = mode_of(c);
+	bool insecure = c->config->starttls && !c->secure;
 
 	put_string(&t, bsmtp_verb_name(verb));
 	put_string(&t, " ");
 	put(&t, slice(c->config->helo, min_size(strlen(c->config->helo), BSMTP_DOMAIN_MAX)));
+	if (insecure && verb == BSMTP_VERB_BSMTP)
+		put_string(&t, " STARTTLS");
 	write_line(c, verb, slice(line, t.len));
+	if (insecure) {                 /* nothing more goes in the clear */
+		c->state = verb == BSMTP_VERB_BSMTP ? CLIENT_TLS : CLIENT_OPENING;
+		return;
+	}
 	c->state = mode->waits_opening == ALWAYS ? CLIENT_OPENING :
 	    mode->waits_opening == GRACE && !c->config->no_grace ? CLIENT_GRACE : CLIENT_MAIL;
 }
@@ -1543,8 +1663,14 @@ enum bsmtp_want bsmtp_client_want(const struct bsmtp_client *c)
 	case CLIENT_DATA:
 	case CLIENT_HOLD:
 		return BSMTP_WANT_REPLY;
+	case CLIENT_AUTH:
+		return BSMTP_WANT_REPLY;
 	case CLIENT_GRACE:
 		return BSMTP_WANT_GRACE;
+	case CLIENT_TLS:
+		return mode_of(c)->opening == BSMTP_VERB_BSMTP ? BSMTP_WANT_TLS : BSMTP_WANT_REPLY;
+	case CLIENT_SECURING:
+		return BSMTP_WANT_SECURED;
 	case CLIENT_MAIL:
 		return want_command(c, BSMTP_WANT_MAIL);
 	case CLIENT_RCPT:
@@ -1617,6 +1743,8 @@ void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool 
 
 	if (c->first)
 		c->sure = c->opened || mode_of(c)->opening != BSMTP_VERB_BSMTP;
+	if (wants_auth(c))              /* in the stream of BSMTP */
+		write_auth(c, &(struct bsmtp_client_event){ .type = BSMTP_CLIENT_NONE });
 	if (needs_reset(c))
 		write_reset(c);
 	put_string(&t, "MAIL FROM:<");
@@ -1966,14 +2094,6 @@ static void refuse(struct bsmtp_client *c, struct bsmtp_client_event *event,
 	c->state = c->streamed ? CLIENT_MUTE : CLIENT_OVER;
 }
 
-static void fail(struct bsmtp_client *c, struct bsmtp_client_event *event,
-    enum bsmtp_error error)
-{
-	event->type = BSMTP_CLIENT_ERROR;
-	event->error = error;
-	c->state = CLIENT_OVER;
-}
-
 /* Neither consent nor refusal: by prearrangement it may be passed over. */
 static void neither(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
@@ -1997,11 +2117,57 @@ static void answer_greeting(struct bsmtp_client *c, struct bsmtp_client_event *e
 		write_opening(c, mode_of(c)->opening);
 }
 
+/* The opening is answered, in the clear: BSMTP's 220 is followed by TLS, EHLO's reply
+ * says whether STARTTLS may be asked for. */
+static void begin_tls(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	if (event->verb == BSMTP_VERB_BSMTP) {
+		event->type = BSMTP_CLIENT_SECURE;
+		c->state = CLIENT_SECURING;
+	} else if (c->offered & BSMTP_KEY_STARTTLS) {
+		write_line(c, BSMTP_VERB_STARTTLS, slice_of("STARTTLS"));
+		c->state = CLIENT_TLS;
+	} else {
+		fail(c, event, BSMTP_E_NO_TLS);
+	}
+}
+
+static void answer_starttls(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	if (event->code / 100 != 2) {
+		fail(c, event, BSMTP_E_NO_TLS);
+		return;
+	}
+	event->type = BSMTP_CLIENT_SECURE;
+	c->state = CLIENT_SECURING;
+}
+
+/* LOGIN's two questions; else the verdict. */
+static void answer_auth(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	char line[1024];
+	struct text t = { line, 0, sizeof line };
+
+	if (event->code / 100 == 3 && c->auth_asked == AUTH_QUESTIONS) {
+		fail(c, event, BSMTP_E_OUT_OF_PLACE);
+	} else if (event->code / 100 == 3) {
+		put_base64(&t, slice_of(c->auth_asked++ == 0 ? c->config->user : c->config->password));
+		write_secret(c, BSMTP_VERB_AUTH, slice(line, t.len), "****");
+	} else if (event->code / 100 == 2) {
+		if (c->state == CLIENT_AUTH)
+			c->state = CLIENT_MAIL;
+	} else {
+		refuse(c, event, event->code / 100 == 4 ? BSMTP_E_DEFERRED : BSMTP_E_AUTH);
+	}
+}
+
 static void answer_opening(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
 	int class = event->code / 100;
 
-	if (class == 2) {
+	if (class == 2 && c->config->starttls && !c->secure) {
+		begin_tls(c, event);
+	} else if (class == 2) {
 		event->type = BSMTP_CLIENT_OPENED;
 		event->late = c->streamed;
 		c->opened = true;
@@ -2009,6 +2175,8 @@ static void answer_opening(struct bsmtp_client *c, struct bsmtp_client_event *ev
 			c->lockstep = true;
 		if (c->state == CLIENT_OPENING || c->state == CLIENT_GRACE)
 			c->state = CLIENT_MAIL;
+		if (c->state == CLIENT_MAIL && wants_auth(c) && mode_of(c)->opening != BSMTP_VERB_BSMTP)
+			write_auth(c, event);
 		if (c->state == CLIENT_HOLD)
 			begin_body_text(c);
 	} else if (class == 5 && event->verb == BSMTP_VERB_EHLO && mode_of(c)->waits_each) {
@@ -2035,6 +2203,18 @@ static void learn_limits(struct bsmtp_client *c, struct bsmtp_slice list)
 	}
 }
 
+static void learn_mechanisms(struct bsmtp_client *c, struct bsmtp_slice list)
+{
+	struct bsmtp_parameter p;
+	ptrdiff_t n;
+
+	while ((n = bsmtp_parameter_parse(&p, list.at, list.len)) > 0) {
+		c->auth_plain = c->auth_plain || same(p.keyword, "PLAIN");
+		c->auth_login = c->auth_login || same(p.keyword, "LOGIN");
+		list = slice(list.at + n, list.len - (size_t)n);
+	}
+}
+
 /* A keyword line of the opening's reply. */
 static void learn(struct bsmtp_client *c, struct bsmtp_slice text)
 {
@@ -2047,6 +2227,8 @@ static void learn(struct bsmtp_client *c, struct bsmtp_slice text)
 			c->offered |= bit;
 	if (same(slice(text.at, n), "LIMITS"))
 		learn_limits(c, slice(text.at + n, text.len - n));
+	if (same(slice(text.at, n), "AUTH"))
+		learn_mechanisms(c, slice(text.at + n, text.len - n));
 }
 
 static void answered(struct bsmtp_client *c)
@@ -2080,6 +2262,12 @@ static void answer_verb(struct bsmtp_client *c, struct bsmtp_client_event *event
 		break;
 	case BSMTP_VERB_BODY:
 		answer_body(c, event, true);
+		break;
+	case BSMTP_VERB_STARTTLS:
+		answer_starttls(c, event);
+		break;
+	case BSMTP_VERB_AUTH:
+		answer_auth(c, event);
 		break;
 	case BSMTP_VERB_QUIT:
 		event->type = BSMTP_CLIENT_QUIT;
@@ -2156,8 +2344,8 @@ static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event, uns
 		fail(c, event, BSMTP_E_STOPPED);
 		return;
 	}
-	if (!opening && (event->code / 100 == 1 || (event->code / 100 == 3) !=
-	    (event->verb == BSMTP_VERB_DATA && event->code / 100 < 4))) {
+	if (!opening && event->verb != BSMTP_VERB_AUTH && (event->code / 100 == 1 ||
+	    (event->code / 100 == 3) != (event->verb == BSMTP_VERB_DATA && event->code / 100 < 4))) {
 		fail(c, event, BSMTP_E_OUT_OF_PLACE);
 		return;
 	}
@@ -2272,10 +2460,28 @@ void bsmtp_client_grace_over(struct bsmtp_client *c)
 		c->state = CLIENT_MAIL;
 }
 
+void bsmtp_client_secured(struct bsmtp_client *c, bool agreed)
+{
+	bool first = c->state != CLIENT_SECURING;       /* TLS was there before all else */
+
+	c->secure = true;
+	if (!first) {
+		c->made = c->ready = c->sent = 0;
+		c->due_count = 0;
+		c->opened = false;
+		c->offered = 0;
+		write_opening(c, mode_of(c)->opening);
+	}
+	if (agreed && c->state == CLIENT_GRACE)
+		c->state = CLIENT_MAIL;
+	if (agreed)
+		c->offered |= BSMTP_KEY_BSMTP;  /* and all that comes with it */
+}
+
 void bsmtp_client_closed(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
 	bool opening = !c->streamed && (c->state == CLIENT_GREETING ||
-	    c->state == CLIENT_OPENING || c->state == CLIENT_GRACE);
+	    c->state == CLIENT_OPENING || c->state == CLIENT_GRACE || c->state == CLIENT_TLS);
 
 	memset(event, 0, sizeof *event);
 	if (c->state == CLIENT_OVER || (c->state == CLIENT_MUTE && c->due_count == 0))
@@ -2355,6 +2561,9 @@ enum server_state {
 	SERVER_LONG,            /* inside a line too long: until its LF */
 	SERVER_DATA,            /* inside a body, until CRLF.CRLF */
 	SERVER_CHUNK,           /* inside a body, for so many octets */
+	SERVER_TLS,             /* what follows is TLS: bsmtp_server_secured() */
+	SERVER_QUESTION,        /* a line that answers AUTH's 334 */
+	SERVER_VERDICT,         /* nothing is read before AUTH is settled */
 	SERVER_ENDED
 };
 
@@ -2366,6 +2575,8 @@ enum {
 	ANSWER_NOT_HERE, ANSWER_FOREIGN, ANSWER_LONG, ANSWER_NEWLINE, ANSWER_OCTET,
 	ANSWER_BAD_HELO, ANSWER_BAD_PATH, ANSWER_BAD_RCPT, ANSWER_BAD_PARAMETER, ANSWER_NO_PARAMETER,
 	ANSWER_BAD_BDAT, ANSWER_NEEDS_UTF8, ANSWER_NO_HELLO, ANSWER_NESTED, ANSWER_NO_MAIL,
+	ANSWER_TLS, ANSWER_NEEDS_TLS, ANSWER_HAS_TLS, ANSWER_AUTH, ANSWER_AUTHED, ANSWER_ASK_NAME,
+	ANSWER_ASK_PASSWORD, ANSWER_ASK, ANSWER_NO_MECHANISM, ANSWER_BAD_AUTH, ANSWER_NEEDS_AUTH,
 	ANSWER_NO_RCPT, ANSWER_TOO_MANY, ANSWER_TOO_BIG, ANSWER_BARE_NEWLINE, ANSWER_NO_SMTP,
 	ANSWERS
 };
@@ -2412,6 +2623,19 @@ static const struct {
 	[ANSWER_NO_HELLO] = { "503", "5.5.1 say EHLO or BSMTP first" },
 	[ANSWER_NESTED] = { "503", "5.5.1 a transaction is open: RSET first" },
 	[ANSWER_NO_MAIL] = { "503", "5.5.1 no MAIL was accepted" },
+	[BSMTP_ANSWER_AUTH_FAILED] = { "535", "5.7.8 not accepted" },
+	[BSMTP_ANSWER_AUTH_LATER] = { "454", "4.7.0 not to be found out now" },
+	[ANSWER_TLS] = { "220", "2.0.0 ready for TLS" },
+	[ANSWER_NEEDS_TLS] = { "530", "5.7.0 only under TLS" },
+	[ANSWER_HAS_TLS] = { "503", "5.5.1 this is TLS already" },
+	[ANSWER_AUTH] = { "235", "2.7.0 accepted" },
+	[ANSWER_AUTHED] = { "503", "5.5.1 not now" },
+	[ANSWER_ASK] = { "334", "" },
+	[ANSWER_ASK_NAME] = { "334", "VXNlcm5hbWU6" },
+	[ANSWER_ASK_PASSWORD] = { "334", "UGFzc3dvcmQ6" },
+	[ANSWER_NO_MECHANISM] = { "504", "5.5.4 PLAIN or LOGIN" },
+	[ANSWER_BAD_AUTH] = { "501", "5.5.2 no such response, or cancelled" },
+	[ANSWER_NEEDS_AUTH] = { "530", "5.7.0 authentication is required" },
 	[ANSWER_NO_RCPT] = { "554", "5.5.1 no valid recipients" },
 	[ANSWER_TOO_MANY] = { "452", "4.5.3 too many recipients" },
 	[ANSWER_TOO_BIG] = { "552", "5.3.4 message too big" },
@@ -2548,12 +2772,27 @@ static unsigned fault_answer(struct bsmtp_server *s, const struct bsmtp_fault *f
 	    f->action == BSMTP_FAULT_SILENT ? ANSWER_SILENT : ANSWER_CUSTOM;
 }
 
+/* Whether the peer may open with BSMTP: who is allowed, and who may yet show by AUTH
+ * that he is. */
+static bool may_open(const struct bsmtp_server *s)
+{
+	bool private = (s->flags & (BSMTP_PEER_TLS | BSMTP_PEER_LOCAL)) != 0;
+
+	return (s->flags & BSMTP_PEER_ALLOWED) || ((s->flags & BSMTP_PEER_GUEST) &&
+	    s->config->auth && private);
+}
+
 static unsigned offered(const struct bsmtp_server *s)
 {
 	unsigned keys = s->config->keywords;
+	bool private = (s->flags & (BSMTP_PEER_TLS | BSMTP_PEER_LOCAL)) != 0;
 
-	if (!s->allowed || s->config->opening == BSMTP_OPENING_UNKNOWN)
+	if (!may_open(s) || s->config->opening == BSMTP_OPENING_UNKNOWN)
 		keys &= ~(unsigned)BSMTP_KEY_BSMTP;
+	if (!s->config->starttls || (s->flags & BSMTP_PEER_TLS))
+		keys &= ~(unsigned)BSMTP_KEY_STARTTLS;
+	if (!s->config->auth || !private || s->authed)
+		keys &= ~(unsigned)BSMTP_KEY_AUTH;
 	return keys;
 }
 
@@ -2581,6 +2820,8 @@ static void put_ehlo(struct bsmtp_server *s, struct text *t)
 		} else if (bit == BSMTP_KEY_LIMITS) {
 			put_string(t, " RCPTMAX=");
 			put_number(t, s->config->max_recipients);
+		} else if (bit == BSMTP_KEY_AUTH) {
+			put_string(t, " PLAIN LOGIN");
 		}
 		put_string(t, "\r\n");
 	}
@@ -2658,6 +2899,11 @@ void bsmtp_server_settle(struct bsmtp_server *s, uint64_t ticket, enum bsmtp_ans
 	if (answer != BSMTP_ANSWER_STORED)
 		h->answer = (unsigned short)answer;
 	h->open = false;
+	if (s->state != SERVER_VERDICT || ticket != s->auth_ticket)
+		return;
+	memset(s->line, 0, sizeof s->line);     /* the secret */
+	s->authed = answer == BSMTP_ANSWER_STORED;
+	s->state = SERVER_COMMAND;
 }
 
 size_t bsmtp_server_owed(const struct bsmtp_server *s)
@@ -2852,6 +3098,47 @@ static void accept_call(struct bsmtp_server *s, const struct call *call, unsigne
 		owe(s, answer, 0);
 }
 
+/* What follows the command's CRLF is TLS, and no octet of it is looked at here. */
+static void start_tls(struct bsmtp_server *s, struct call *call)
+{
+	abort_transaction(s, call->event);
+	owe(s, ANSWER_TLS, 0);
+	call->event->type = BSMTP_SERVER_STARTTLS;
+	s->state = SERVER_TLS;
+}
+
+static void act_starttls(struct bsmtp_server *s, struct call *call)
+{
+	if (s->flags & BSMTP_PEER_TLS)
+		owe(s, ANSWER_HAS_TLS, 0);
+	else if (!(offered(s) & BSMTP_KEY_STARTTLS))
+		owe(s, ANSWER_NOT_HERE, 0);
+	else if (trim(call->argument).len > 0)
+		owe(s, ANSWER_BAD_PARAMETER, 0);
+	else
+		start_tls(s, call);
+}
+
+/* BSMTP's opening-params: STARTTLS is the one there is. */
+static void open_with(struct bsmtp_server *s, struct call *call, struct bsmtp_slice parameter)
+{
+	bool wanted = same(parameter, "STARTTLS");
+
+	if (!wanted || !(offered(s) & BSMTP_KEY_STARTTLS)) {
+		owe(s, ANSWER_NO_PARAMETER, 0);
+		if (wanted)             /* what follows is TLS, and not looked at */
+			end_with(s, BSMTP_END_REFUSED);
+		return;
+	}
+	start_tls(s, call);
+	call->event->number = 1;
+}
+
+static bool refuses_opening(const struct bsmtp_server *s)
+{
+	return !may_open(s) || (s->config->require_tls && !(s->flags & BSMTP_PEER_TLS));
+}
+
 static void act_hello(struct bsmtp_server *s, struct call *call)
 {
 	struct bsmtp_slice name = trim(call->argument);
@@ -2864,8 +3151,14 @@ static void act_hello(struct bsmtp_server *s, struct call *call)
 		owe(s, ANSWER_BAD_HELO, 0);
 		return;
 	}
-	if (n < name.len) {             /* no opening-param is known yet */
-		owe(s, ANSWER_NO_PARAMETER, 0);
+	if (n < name.len) {
+		open_with(s, call, trim(slice(name.at + n, name.len - n)));
+		return;
+	}
+	if (call->verb == BSMTP_VERB_BSMTP && refuses_opening(s)) {
+		owe(s, s->config->require_tls && !(s->flags & BSMTP_PEER_TLS) ? ANSWER_NEEDS_TLS :
+		    BSMTP_ANSWER_NOT_ALLOWED, 0);
+		end_with(s, BSMTP_END_REFUSED);
 		return;
 	}
 	if (s->config->no_smtp && call->verb != BSMTP_VERB_BSMTP) {
@@ -2956,6 +3249,10 @@ static void act_mail(struct bsmtp_server *s, struct call *call)
 	    BSMTP_PATH_NULL | BSMTP_PATH_UTF8) : BSMTP_BAD;
 	if (s->hello == 0 && s->config->opening != BSMTP_OPENING_UNKNOWN)
 		refusal = ANSWER_NO_HELLO;
+	else if (s->config->require_tls && !(s->flags & BSMTP_PEER_TLS))
+		refusal = ANSWER_NEEDS_TLS;
+	else if (s->config->auth ? !s->authed : !(s->flags & BSMTP_PEER_ALLOWED))
+		refusal = s->config->auth ? ANSWER_NEEDS_AUTH : BSMTP_ANSWER_NOT_ALLOWED;
 	else if (used <= 0)
 		refusal = ANSWER_BAD_PATH;
 	else
@@ -3069,6 +3366,94 @@ static void act_quit(struct bsmtp_server *s, struct call *call)
 	end_with(s, BSMTP_END_QUIT);
 }
 
+/* The name and the password are there: the caller judges, and the session waits.
+ * They lie in `line`, which nothing else uses meanwhile. */
+static void ask_verdict(struct bsmtp_server *s, struct bsmtp_slice name, struct bsmtp_slice secret,
+    struct bsmtp_server_event *event)
+{
+	event->type = BSMTP_SERVER_AUTH;
+	event->text = name;
+	event->secret = secret;
+	event->ticket = s->auth_ticket = owe(s, ANSWER_AUTH, 0);
+	held_at(s, event->ticket)->open = true;
+	s->state = SERVER_VERDICT;
+}
+
+/* authzid NUL authcid NUL passwd (RFC 4616); an authzid that is another's is not
+ * to be had. */
+static void take_plain(struct bsmtp_server *s, struct bsmtp_slice response,
+    struct bsmtp_server_event *event)
+{
+	struct text t = { s->line, 0, sizeof s->line };
+	const char *name, *secret = NULL;
+	size_t left;
+
+	if (!take_base64(&t, response) || t.len == 0 || (name = memchr(t.at, '\0', t.len)) == NULL) {
+		owe(s, ANSWER_BAD_AUTH, 0);
+		return;
+	}
+	left = t.len - (size_t)(++name - t.at);
+	secret = left > 0 ? memchr(name, '\0', left) : NULL;
+	if (secret == NULL || secret == name) {
+		owe(s, ANSWER_BAD_AUTH, 0);
+		return;
+	}
+	ask_verdict(s, slice(name, (size_t)(secret - name)),
+	    slice(secret + 1, t.len - (size_t)(secret + 1 - t.at)), event);
+}
+
+enum { AUTH_PLAIN = 1, AUTH_NAME, AUTH_PASSWORD };
+
+/* A response, with its command or behind 334. */
+static void take_response(struct bsmtp_server *s, struct bsmtp_slice response,
+    struct bsmtp_server_event *event)
+{
+	struct text name = { s->name, 0, sizeof s->name }, secret = { s->line, 0, sizeof s->line };
+	unsigned step = s->auth_step;
+
+	s->auth_step = 0;
+	s->state = SERVER_COMMAND;
+	if (same(response, "=") && step == AUTH_PLAIN)
+		response.len = 0;
+	if (step == AUTH_PLAIN) {
+		take_plain(s, response, event);
+	} else if (step == AUTH_NAME && take_base64(&name, response) && name.len > 0) {
+		s->name_len = name.len;
+		s->auth_step = AUTH_PASSWORD;
+		s->state = SERVER_QUESTION;
+		owe(s, ANSWER_ASK_PASSWORD, 0);
+	} else if (step == AUTH_PASSWORD && take_base64(&secret, response)) {
+		ask_verdict(s, slice(s->name, s->name_len), slice(s->line, secret.len), event);
+	} else {
+		owe(s, ANSWER_BAD_AUTH, 0);
+	}
+}
+
+static void act_auth(struct bsmtp_server *s, struct call *call)
+{
+	struct bsmtp_slice word = trim(call->argument), rest;
+	size_t n = 0;
+
+	while (n < word.len && word.at[n] != ' ')
+		n++;
+	rest = trim(slice(word.at + n, word.len - n));
+	word.len = n;
+	if (s->hello == 0 || s->authed || s->mail_ok || !(offered(s) & BSMTP_KEY_AUTH)) {
+		owe(s, !s->config->auth ? ANSWER_NOT_HERE : s->hello == 0 ? ANSWER_NO_HELLO :
+		    s->authed || s->mail_ok ? ANSWER_AUTHED : ANSWER_NEEDS_TLS, 0);
+		return;
+	}
+	s->auth_step = same(word, "PLAIN") ? AUTH_PLAIN : same(word, "LOGIN") ? AUTH_NAME : 0;
+	if (s->auth_step == 0) {
+		owe(s, ANSWER_NO_MECHANISM, 0);
+	} else if (rest.len > 0) {
+		take_response(s, rest, call->event);
+	} else {
+		owe(s, s->auth_step == AUTH_PLAIN ? ANSWER_ASK : ANSWER_ASK_NAME, 0);
+		s->state = SERVER_QUESTION;
+	}
+}
+
 static void act_simple(struct bsmtp_server *s, struct call *call)
 {
 	accept_call(s, call, call->verb == BSMTP_VERB_NOOP ? ANSWER_NOOP :
@@ -3103,6 +3488,8 @@ static const struct verb {
 	[BSMTP_VERB_VRFY] = { "VRFY", act_simple },
 	[BSMTP_VERB_EXPN] = { "EXPN", act_simple },
 	[BSMTP_VERB_HELP] = { "HELP", act_simple },
+	[BSMTP_VERB_STARTTLS] = { "STARTTLS", act_starttls },
+	[BSMTP_VERB_AUTH] = { "AUTH", act_auth },
 	[BSMTP_VERB_QUIT] = { "QUIT", act_quit },
 	[BSMTP_VERB_FOREIGN] = { "HTTP", act_foreign },
 	[BSMTP_VERB_UNKNOWN] = { "unknown", act_simple },
@@ -3202,6 +3589,18 @@ static void bad_line(struct bsmtp_server *s, struct bsmtp_slice line, unsigned a
 	end_with(s, BSMTP_END_ERROR);
 }
 
+/* Secrets are masked where transcripts are made. */
+static void tap_command(struct bsmtp_server *s, struct bsmtp_slice line)
+{
+	bool secret = s->state == SERVER_QUESTION;
+
+	if (!secret && same(slice(line.at, min_size(line.len, 10)), "AUTH PLAIN"))
+		line = slice_of(line.len > 10 ? "AUTH PLAIN ****" : "AUTH PLAIN");
+	else if (!secret && same(slice(line.at, min_size(line.len, 10)), "AUTH LOGIN"))
+		line = slice_of(line.len > 10 ? "AUTH LOGIN ****" : "AUTH LOGIN");
+	tap_line(s->config->tap, s->tap_context, BSMTP_TAP_COMMAND, secret ? slice_of("****") : line, 0);
+}
+
 /* A line is whole, its LF included. */
 static void command_line(struct bsmtp_server *s, struct bsmtp_slice line,
     struct bsmtp_server_event *event)
@@ -3209,7 +3608,7 @@ static void command_line(struct bsmtp_server *s, struct bsmtp_slice line,
 	bool crlf = line.len >= 2 && line.at[line.len - 2] == '\r';
 
 	line.len -= crlf ? 2 : 1;
-	tap_line(s->config->tap, s->tap_context, BSMTP_TAP_COMMAND, line, 0);
+	tap_command(s, line);
 	if (!crlf) {
 		bad_line(s, line, ANSWER_NEWLINE, event);
 		return;
@@ -3221,7 +3620,10 @@ static void command_line(struct bsmtp_server *s, struct bsmtp_slice line,
 		}
 	while (line.len > 0 && line.at[line.len - 1] == ' ')
 		line.len--;
-	command(s, line, event);
+	if (s->state == SERVER_QUESTION)
+		take_response(s, line, event);
+	else
+		command(s, line, event);
 }
 
 static size_t in_command(struct bsmtp_server *s, const char *in, size_t len,
@@ -3272,6 +3674,7 @@ static void greet(struct bsmtp_server *s, struct bsmtp_server_event *event)
 	struct bsmtp_fault *f = NULL;
 	uint64_t argument = 0;
 	unsigned answer = ANSWER_GREETING;
+	bool stranger = !(s->flags & (BSMTP_PEER_ALLOWED | BSMTP_PEER_GUEST));
 
 	if (!s->resumed)
 		f = find_fault(s, BSMTP_VERB_CONNECT, slice("", 0));
@@ -3285,23 +3688,33 @@ static void greet(struct bsmtp_server *s, struct bsmtp_server_event *event)
 	s->state = SERVER_COMMAND;
 	if (f != NULL)
 		answer = fault_answer(s, f, &argument);
-	if (!s->allowed)
+	if (stranger)
 		answer = BSMTP_ANSWER_NOT_ALLOWED;
 	owe(s, answer, argument);
-	if (!s->allowed || answer == ANSWER_DROP ||
+	if (stranger || answer == ANSWER_DROP ||
 	    (answer == ANSWER_CUSTOM && f->reply.at[0] > '3'))
 		end_with(s, BSMTP_END_REFUSED);
 }
 
-void bsmtp_server_init(struct bsmtp_server *s, struct bsmtp_server_config *config, bool allowed,
+void bsmtp_server_init(struct bsmtp_server *s, struct bsmtp_server_config *config, unsigned flags,
     struct bsmtp_held *held, size_t held_size)
 {
 	memset(s, 0, sizeof *s);
 	s->config = config;
-	s->allowed = allowed;
+	s->flags = (unsigned char)flags;
 	s->held = held;
 	s->held_size = held_size;
 	s->state = SERVER_CONNECT;
+	reset_transaction(s);
+}
+
+void bsmtp_server_secured(struct bsmtp_server *s, unsigned flags)
+{
+	s->flags = (unsigned char)(flags | BSMTP_PEER_TLS);
+	s->state = SERVER_COMMAND;
+	s->hello = 0;
+	s->authed = false;
+	s->line_len = 0;
 	reset_transaction(s);
 }
 
@@ -3326,6 +3739,10 @@ size_t bsmtp_server_in(struct bsmtp_server *s, const char *in, size_t len,
 			event->type = BSMTP_SERVER_END;
 			return len;
 		}
+		if (s->state == SERVER_TLS || s->state == SERVER_VERDICT) {
+			event->type = s->state == SERVER_TLS ? BSMTP_SERVER_STARTTLS : BSMTP_SERVER_FULL;
+			return used;
+		}
 		if (bsmtp_server_owed(s) + 2 > s->held_size) {
 			event->type = BSMTP_SERVER_FULL;
 			return used;
@@ -3338,6 +3755,7 @@ size_t bsmtp_server_in(struct bsmtp_server *s, const char *in, size_t len,
 			greet(s, event);
 			break;
 		case SERVER_COMMAND:
+		case SERVER_QUESTION:
 			used += in_command(s, at, left, event);
 			break;
 		case SERVER_LONG:
@@ -3349,6 +3767,8 @@ size_t bsmtp_server_in(struct bsmtp_server *s, const char *in, size_t len,
 		case SERVER_CHUNK:
 			used += in_chunk(s, at, left, event);
 			break;
+		case SERVER_TLS:
+		case SERVER_VERDICT:
 		case SERVER_ENDED:
 			break;
 		}
@@ -3421,7 +3841,7 @@ const char *bsmtp_fate_name(enum bsmtp_fate fate)
 const char *bsmtp_keyword_name(enum bsmtp_keyword keyword)
 {
 	static const char *const words[] = { "BSMTP", "PIPELINING", "8BITMIME", "SMTPUTF8",
-		"CHUNKING", "ENHANCEDSTATUSCODES", "SIZE", "LIMITS", "DSN" };
+		"CHUNKING", "ENHANCEDSTATUSCODES", "SIZE", "LIMITS", "STARTTLS", "AUTH", "DSN" };
 	unsigned i = 0;
 
 	while (i < COUNT(words) && (unsigned)keyword != 1u << i)
@@ -3441,6 +3861,8 @@ const char *bsmtp_error_text(enum bsmtp_error error)
 		[BSMTP_E_OUT_OF_PLACE] = "the server sent a reply that cannot answer the command",
 		[BSMTP_E_RUN] = "the server knows no BDAT and took the body for commands",
 		[BSMTP_E_STOPPED] = "the server ended the session",
+		[BSMTP_E_NO_TLS] = "TLS is wanted, and the server does not have it",
+		[BSMTP_E_AUTH] = "the server does not accept the name and its password",
 		[BSMTP_E_CLOSED] = "the server closed the connection with replies due",
 	};
 	return word_at(words, COUNT(words), error);
@@ -3486,6 +3908,9 @@ static struct options {
 	bool json, trace;
 	uint64_t timeout_ms;
 	struct list operands;
+	/* TLS, and who may speak */
+	bool tls, starttls, require_tls, insecure;
+	char *cert, *key, *ca, *client_ca, *pin, *tls_name, *tickets, *user, *password_file, *password, *users;
 	/* send */
 	char *server, *connect_command, *from, *helo, *output;
 	char *parameters, *rcpt_parameters;     /* that go with MAIL and with RCPT */
@@ -3675,12 +4100,714 @@ static bool set_flags(int fd)
 	    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) == 0;
 }
 
-/* The way to the peer: one socket, or two ends of pipes. */
+/* The way to the peer: one socket, or two ends of pipes; TLS over it, or not. */
 struct link {
 	int in, out;            /* -1: closed */
+	struct tls *tls;        /* NULL: in the clear */
 };
 
 enum { LINK_AGAIN = -1, LINK_FAILED = -2 };
+
+/* ---- TLS: every call of OpenSSL is between here and the end of the section ---- */
+
+#ifndef BSMTP_NO_TLS
+struct tls {
+	SSL *ssl;
+	bool server, done;      /* the handshake is complete */
+	bool gated;             /* our first flight is out; what comes is not TLS yet */
+	bool may;               /* server: BSMTP may be agreed to by ALPN */
+	const char *peer;       /* client: whose ticket it is */
+	char subject[256];      /* of the certificate that was not accepted */
+	short reads, writes;    /* what poll() is to wait for before the next try */
+	bool dry;               /* nothing more is to be read before poll() says so */
+	char why[256];          /* it failed */
+};
+
+/* What all sessions of one side share. */
+struct tls_context {
+	SSL_CTX *ctx;
+	unsigned char pin[32];
+	bool pinned;
+	char own_pin[65];       /* of the certificate made in memory, in hex */
+};
+
+/* The first error that OpenSSL queued, as words. */
+static const char *tls_error(void)
+{
+	unsigned long code = ERR_get_error();
+	const char *why = code != 0 ? ERR_reason_error_string(code) : NULL;
+
+	ERR_clear_error();
+	return why != NULL ? why : errno != 0 ? strerror(errno) : "no reason given";
+}
+
+static void tls_fail(struct tls *t, const char *why)
+{
+	if (t->why[0] == '\0')
+		snprintf(t->why, sizeof t->why, "%s", why);
+}
+
+/* What an attempt came to; `wants` is what to wait for before the next. */
+static ssize_t tls_result(struct tls *t, int n, short *wants, short usual)
+{
+	*wants = usual;
+	if (n > 0)
+		return n;
+	switch (SSL_get_error(t->ssl, n)) {
+	case SSL_ERROR_WANT_READ:
+		*wants = POLLIN;
+		return LINK_AGAIN;
+	case SSL_ERROR_WANT_WRITE:
+		*wants = POLLOUT;
+		return LINK_AGAIN;
+	case SSL_ERROR_ZERO_RETURN:     /* close_notify: the peer's true end */
+		return 0;
+	case SSL_ERROR_SYSCALL:
+	case SSL_ERROR_SSL:
+	default:
+		tls_fail(t, tls_error());
+		errno = EPROTO;
+		return LINK_FAILED;
+	}
+}
+
+static struct tls *tls_of(const SSL *ssl)
+{
+	return SSL_get_app_data(ssl);
+}
+
+/* Keeps whose certificate it was that is not accepted. */
+static int on_certificate(int good, X509_STORE_CTX *store)
+{
+	SSL *ssl = X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx());
+	X509 *cert = X509_STORE_CTX_get_current_cert(store);
+	struct tls *t = ssl != NULL ? tls_of(ssl) : NULL;
+
+	if (!good && t != NULL && cert != NULL)
+		(void)X509_NAME_oneline(X509_get_subject_name(cert), t->subject, sizeof t->subject);
+	return good;
+}
+
+/* Names in the protocol's own form: ALPN's list has lengths before names. */
+static const unsigned char alpn_bsmtp[] = { 5, 'b', 's', 'm', 't', 'p' };
+
+/* A client that offers only names of other protocols is in the wrong place, or was
+ * led there (ALPACA). */
+static int select_alpn(SSL *ssl, const unsigned char **out, unsigned char *out_len,
+    const unsigned char *in, unsigned in_len, void *context)
+{
+	(void)context;
+	if (SSL_select_next_proto((unsigned char **)(uintptr_t)out, out_len, alpn_bsmtp,
+	    sizeof alpn_bsmtp, in, in_len) != OPENSSL_NPN_NEGOTIATED)
+		return SSL_TLSEXT_ERR_ALERT_FATAL;
+	/* To select is to agree to BSMTP: that takes more than the name. */
+	return tls_of(ssl)->may ? SSL_TLSEXT_ERR_OK : SSL_TLSEXT_ERR_NOACK;
+}
+
+static void log_keys(const SSL *ssl, const char *line)
+{
+	FILE *f = fopen(getenv("SSLKEYLOGFILE"), "a");
+
+	(void)ssl;
+	if (f == NULL)
+		return;
+	fprintf(f, "%s\n", line);
+	(void)fclose(f);
+}
+
+static SSL_CTX *new_context(const SSL_METHOD *method)
+{
+	SSL_CTX *ctx = SSL_CTX_new(method);
+
+	if (ctx == NULL)
+		return NULL;
+	(void)SSL_CTX_set_min_proto_version(ctx, TLS1_2_VERSION);
+	(void)SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION |
+	    SSL_OP_CIPHER_SERVER_PREFERENCE);
+#ifdef SSL_OP_ENABLE_KTLS
+	(void)SSL_CTX_set_options(ctx, SSL_OP_ENABLE_KTLS);
+#endif
+	(void)SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE |
+	    SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_RELEASE_BUFFERS);
+	if (getenv("SSLKEYLOGFILE") != NULL)
+		SSL_CTX_set_keylog_callback(ctx, log_keys);
+	return ctx;
+}
+
+static void tls_context_free(struct tls_context *x)
+{
+	if (x == NULL)
+		return;
+	SSL_CTX_free(x->ctx);
+	free(x);
+}
+
+/* The certificate and its key, from their files; false with a diagnostic. */
+static bool load_certificate(SSL_CTX *ctx)
+{
+	const char *key = options.key != NULL ? options.key : options.cert;
+
+	if (SSL_CTX_use_certificate_chain_file(ctx, options.cert) != 1)
+		diag("%s: no certificate: %s", options.cert, tls_error());
+	else if (SSL_CTX_use_PrivateKey_file(ctx, key, SSL_FILETYPE_PEM) != 1)
+		diag("%s: no key: %s", key, tls_error());
+	else if (SSL_CTX_check_private_key(ctx) != 1)
+		diag("%s: the key is not that of the certificate", key);
+	else
+		return true;
+	return false;
+}
+
+static bool certificate_digest(const X509 *cert, unsigned char digest[32])
+{
+	unsigned len = 0;
+
+	return cert != NULL && X509_digest(cert, EVP_sha256(), digest, &len) == 1 && len == 32;
+}
+
+/* TLS for a trial: a certificate for this run, signed by itself, known by its pin. */
+static bool make_certificate(struct tls_context *x)
+{
+	EVP_PKEY *key = EVP_EC_gen("P-256");
+	X509 *cert = X509_new();
+	X509_NAME *name = cert != NULL ? X509_get_subject_name(cert) : NULL;
+	unsigned char digest[32];
+	bool good = key != NULL && name != NULL && X509_set_version(cert, 2) == 1 &&
+	    ASN1_INTEGER_set(X509_get_serialNumber(cert), (long)(now_us() & 0x7FFFFFFF)) == 1 &&
+	    X509_gmtime_adj(X509_getm_notBefore(cert), -3600) != NULL &&
+	    X509_gmtime_adj(X509_getm_notAfter(cert), 30L * 86400) != NULL &&
+	    X509_NAME_add_entry_by_txt(name, "CN", MBSTRING_ASC,
+	    (const unsigned char *)host_name(), -1, -1, 0) == 1 && X509_set_issuer_name(cert, name) == 1 &&
+	    X509_set_pubkey(cert, key) == 1 && X509_sign(cert, key, EVP_sha256()) > 0 &&
+	    SSL_CTX_use_certificate(x->ctx, cert) == 1 && SSL_CTX_use_PrivateKey(x->ctx, key) == 1 &&
+	    certificate_digest(cert, digest);
+
+	for (size_t i = 0; good && i < sizeof digest; i++)
+		snprintf(x->own_pin + 2 * i, 3, "%02x", digest[i]);
+	if (!good)
+		diag("no certificate could be made: %s", tls_error());
+	X509_free(cert);
+	EVP_PKEY_free(key);
+	return good;
+}
+
+/* NULL with a diagnostic. */
+static struct tls_context *tls_server_context(void)
+{
+	static const unsigned char id[] = "bsmtp";
+	struct tls_context *x = grow(NULL, sizeof *x);
+	bool only = options.allow_count == 0 && options.users == NULL;
+
+	memset(x, 0, sizeof *x);
+	x->ctx = new_context(TLS_server_method());
+	if (x->ctx == NULL || !(options.cert != NULL ? load_certificate(x->ctx) : make_certificate(x))) {
+		tls_context_free(x);
+		return NULL;
+	}
+	SSL_CTX_set_alpn_select_cb(x->ctx, select_alpn, NULL);
+	(void)SSL_CTX_set_session_id_context(x->ctx, id, sizeof id - 1);
+	if (options.client_ca == NULL)
+		return x;
+	if (SSL_CTX_load_verify_locations(x->ctx, options.client_ca, NULL) != 1) {
+		diag("%s: no certificates: %s", options.client_ca, tls_error());
+		tls_context_free(x);
+		return NULL;
+	}
+	SSL_CTX_set_client_CA_list(x->ctx, SSL_load_client_CA_file(options.client_ca));
+	SSL_CTX_set_verify(x->ctx, SSL_VERIFY_PEER | (only ? SSL_VERIFY_FAIL_IF_NO_PEER_CERT : 0),
+	    on_certificate);
+	return x;
+}
+
+/* sha256:HEX, with or without colons between the octets. */
+static bool parse_pin(const char *text, unsigned char pin[32])
+{
+	size_t n = 0;
+
+	if (strncmp(text, "sha256:", 7) != 0)
+		return false;
+	for (text += 7; *text != '\0' && n < 64; text++) {
+		const char *digits = "0123456789abcdef", *digit;
+		if (*text == ':')
+			continue;
+		digit = strchr(digits, lower(*text));
+		if (digit == NULL)
+			return false;
+		pin[n / 2] = (unsigned char)((n % 2 ? pin[n / 2] << 4 : 0) | (int)(digit - digits));
+		n++;
+	}
+	return n == 64 && *text == '\0';
+}
+
+static bool is_pin(const char *text)
+{
+	unsigned char pin[32];
+
+	return parse_pin(text, pin);
+}
+
+static int keep_ticket(SSL *ssl, SSL_SESSION *session);
+
+static struct tls_context *tls_client_context(void)
+{
+	struct tls_context *x = grow(NULL, sizeof *x);
+	bool good;
+
+	memset(x, 0, sizeof *x);
+	x->ctx = new_context(TLS_client_method());
+	good = x->ctx != NULL;
+	if (good && options.pin != NULL)
+		good = x->pinned = parse_pin(options.pin, x->pin);
+	if (good && options.cert != NULL)
+		good = load_certificate(x->ctx);
+	if (good && options.ca != NULL && SSL_CTX_load_verify_locations(x->ctx, options.ca, NULL) != 1) {
+		diag("%s: no certificates: %s", options.ca, tls_error());
+		good = false;
+	} else if (good && options.ca == NULL) {
+		good = SSL_CTX_set_default_verify_paths(x->ctx) == 1;
+	}
+	if (!good) {
+		tls_context_free(x);
+		return NULL;
+	}
+	SSL_CTX_set_verify(x->ctx, x->pinned || options.insecure ? SSL_VERIFY_NONE : SSL_VERIFY_PEER,
+	    on_certificate);
+	if (options.tickets != NULL) {
+		(void)SSL_CTX_set_session_cache_mode(x->ctx, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
+		SSL_CTX_sess_set_new_cb(x->ctx, keep_ticket);
+	}
+	return x;
+}
+
+/* ---- tickets: one file, one server ---- */
+
+/* The file begins with a line that names the server; the session follows as PEM. */
+static int keep_ticket(SSL *ssl, SSL_SESSION *session)
+{
+	char tmp[PATH_MAX];
+	int fd;
+	FILE *f;
+
+	snprintf(tmp, sizeof tmp, "%.4000s.%ld", options.tickets, (long)getpid());
+	fd = open(tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	f = fd >= 0 ? fdopen(fd, "w") : NULL;
+	if (f == NULL) {
+		if (fd >= 0)
+			close(fd);
+		return 0;
+	}
+	fprintf(f, "%s\n", tls_of(ssl)->peer);
+	if (PEM_write_SSL_SESSION(f, session) != 1 || fclose(f) != 0 || rename(tmp, options.tickets) != 0) {
+		diag("%s: the ticket could not be kept", options.tickets);
+		(void)unlink(tmp);
+	}
+	return 0;
+}
+
+/* A ticket is a secret: a file that others may read is not used. */
+static void use_ticket(SSL *ssl, const char *server)
+{
+	FILE *f = fopen(options.tickets, "r");
+	SSL_SESSION *session = NULL;
+	struct stat st;
+	char line[512];
+
+	if (f == NULL)
+		return;
+	if (fstat(fileno(f), &st) != 0 || (st.st_mode & 077) != 0 || st.st_uid != geteuid())
+		diag("%s: not used: it must be yours, and nobody else's to read", options.tickets);
+	else if (fgets(line, sizeof line, f) != NULL && same(trim(slice_of(line)), server))
+		session = PEM_read_SSL_SESSION(f, NULL, NULL, NULL);
+	(void)fclose(f);
+	if (session != NULL)
+		(void)SSL_set_session(ssl, session);
+	SSL_SESSION_free(session);
+	ERR_clear_error();
+}
+
+/* ---- sessions of TLS ---- */
+
+/* Octets that were read in the clear and are TLS already come before the socket's. */
+static BIO *source_bio(int fd, struct bsmtp_slice held)
+{
+	BIO *socket = BIO_new_socket(fd, BIO_NOCLOSE), *buffer;
+
+	if (socket == NULL || held.len == 0)
+		return socket;
+	buffer = BIO_new(BIO_f_buffer());
+	if (buffer == NULL || BIO_set_buffer_read_data(buffer, (void *)(uintptr_t)held.at, (long)held.len) != 1) {
+		BIO_free(buffer);
+		BIO_free(socket);
+		return NULL;
+	}
+	return BIO_push(buffer, socket);
+}
+
+static void link_end_tls(struct link *k)
+{
+	if (k->tls == NULL)
+		return;
+	SSL_free(k->tls->ssl);
+	free(k->tls);
+	k->tls = NULL;
+}
+
+static bool link_new_tls(struct link *k, struct tls_context *x, bool server)
+{
+	k->tls = grow(NULL, sizeof *k->tls);
+	memset(k->tls, 0, sizeof *k->tls);
+	k->tls->server = server;
+	k->tls->reads = POLLIN;
+	k->tls->writes = POLLOUT;
+	k->tls->ssl = SSL_new(x->ctx);
+	if (k->tls->ssl == NULL || SSL_set_app_data(k->tls->ssl, k->tls) != 1)
+		link_end_tls(k);
+	return k->tls != NULL;
+}
+
+/* The server's side; `held` was read already.  `may`: BSMTP may be agreed to by ALPN. */
+static bool link_accept_tls(struct link *k, struct tls_context *x, struct bsmtp_slice held, bool may)
+{
+	BIO *from = source_bio(k->in, held), *to = BIO_new_socket(k->out, BIO_NOCLOSE);
+
+	if (from == NULL || to == NULL || !link_new_tls(k, x, true)) {
+		BIO_free_all(from);
+		BIO_free(to);
+		return false;
+	}
+	SSL_set_bio(k->tls->ssl, from, to);
+	SSL_set_accept_state(k->tls->ssl);
+	k->tls->may = may;
+	return true;
+}
+
+/* The client's side.  `name` is what the certificate must be for; `server` names the
+ * peer for tickets and must outlive the link.  `gated`: the first flight goes out now,
+ * and what comes is not TLS before link_open_gate(). */
+static bool link_connect_tls(struct link *k, struct tls_context *x, const char *name,
+    const char *server, bool alpn, bool gated)
+{
+	unsigned char address[16];
+	bool literal = inet_pton(AF_INET, name, address) == 1 || inet_pton(AF_INET6, name, address) == 1;
+	BIO *from = gated ? BIO_new(BIO_s_mem()) : source_bio(k->in, slice("", 0));
+	BIO *to = BIO_new_socket(k->out, BIO_NOCLOSE);
+
+	if (from == NULL || to == NULL || !link_new_tls(k, x, false)) {
+		BIO_free_all(from);
+		BIO_free(to);
+		return false;
+	}
+	SSL_set_bio(k->tls->ssl, from, to);
+	SSL_set_connect_state(k->tls->ssl);
+	k->tls->peer = server;
+	if (literal)
+		(void)X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(k->tls->ssl), name);
+	else
+		(void)(SSL_set1_host(k->tls->ssl, name) + SSL_ctrl(k->tls->ssl,
+		    SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name, (void *)(uintptr_t)name));
+	if (alpn)
+		(void)SSL_set_alpn_protos(k->tls->ssl, alpn_bsmtp, sizeof alpn_bsmtp);
+	if (options.tickets != NULL)
+		use_ticket(k->tls->ssl, server);
+	k->tls->gated = gated;
+	if (gated)
+		(void)SSL_do_handshake(k->tls->ssl);
+	ERR_clear_error();
+	return true;
+}
+
+static bool link_open_gate(struct link *k, struct bsmtp_slice held)
+{
+	BIO *from = source_bio(k->in, held);
+
+	if (from == NULL)
+		return false;
+	SSL_set0_rbio(k->tls->ssl, from);
+	k->tls->gated = false;
+	return true;
+}
+
+/* Goes on with the handshake: 1 when it is complete, LINK_AGAIN, LINK_FAILED. */
+static ssize_t link_handshake(struct link *k)
+{
+	struct tls *t = k->tls;
+	ssize_t n;
+
+	ERR_clear_error();
+	errno = 0;
+	n = tls_result(t, SSL_do_handshake(t->ssl), &t->reads, POLLIN);
+	t->writes = POLLOUT;
+	t->dry = n == LINK_AGAIN;
+	if (n == 0) {
+		tls_fail(t, "the peer closed");
+		n = LINK_FAILED;
+	}
+	t->done = n > 0;
+	return n;
+}
+
+static uint64_t link_tls_written(const struct link *k)
+{
+	return k->tls != NULL ? BIO_number_written(SSL_get_wbio(k->tls->ssl)) : 0;
+}
+
+static const char *link_tls_why(const struct link *k)
+{
+	return k->tls != NULL ? k->tls->why : "";
+}
+
+/* The protocol's version, NULL in the clear. */
+static const char *link_version(const struct link *k)
+{
+	return k->tls != NULL && k->tls->done ? SSL_get_version(k->tls->ssl) : NULL;
+}
+
+static bool link_agreed(const struct link *k)
+{
+	const unsigned char *name = NULL;
+	unsigned len = 0;
+
+	if (k->tls == NULL)
+		return false;
+	SSL_get0_alpn_selected(k->tls->ssl, &name, &len);
+	return len == sizeof alpn_bsmtp - 1 && memcmp(name, alpn_bsmtp + 1, len) == 0;
+}
+
+/* Whether the peer has shown a certificate that was asked for, and is good. */
+static bool link_peer_certified(const struct link *k)
+{
+	return k->tls != NULL && SSL_get0_peer_certificate(k->tls->ssl) != NULL &&
+	    SSL_get_verify_result(k->tls->ssl) == X509_V_OK;
+}
+
+/* What would mend a certificate that is not accepted. */
+static const char *certificate_hint(long result)
+{
+	static const struct {
+		long result;
+		const char *hint;
+	} hints[] = {
+		{ X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT, "give --ca FILE, or its --pin" },
+		{ X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN, "give that authority with --ca FILE" },
+		{ X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY, "give its authority with --ca FILE" },
+		{ X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE, "give its authority with --ca FILE" },
+		{ X509_V_ERR_CERT_HAS_EXPIRED, "the server needs a new one" },
+		{ X509_V_ERR_CERT_NOT_YET_VALID, "is a clock wrong?" },
+		{ X509_V_ERR_HOSTNAME_MISMATCH, "if that is the peer, say so with --tls-name" },
+		{ X509_V_ERR_IP_ADDRESS_MISMATCH, "if that is the peer, say so with --tls-name" },
+	};
+
+	for (size_t i = 0; i < COUNT(hints); i++)
+		if (hints[i].result == result)
+			return hints[i].hint;
+	return "see the certificate with openssl s_client";
+}
+
+/* Says why there is no TLS, and which certificate is to blame. */
+static void diag_tls(const struct link *k, const char *peer)
+{
+	long result = SSL_get_verify_result(k->tls->ssl);
+
+	if (k->tls->done || result == X509_V_OK) {
+		diag("%s: TLS: %s", peer, k->tls->why);
+		return;
+	}
+	diag("%s: the certificate of %s is not accepted: %s (%s)", peer, k->tls->subject,
+	    X509_verify_cert_error_string(result), certificate_hint(result));
+}
+
+/* The pin instead of chain and name; true if it is right or was not asked for. */
+static bool link_pin_good(const struct link *k, const struct tls_context *x)
+{
+	unsigned char digest[32];
+
+	return !x->pinned || (certificate_digest(SSL_get0_peer_certificate(k->tls->ssl), digest) &&
+	    CRYPTO_memcmp(digest, x->pin, sizeof digest) == 0);
+}
+
+static ssize_t tls_read(struct link *k, char *in, size_t len)
+{
+	ssize_t n;
+
+	ERR_clear_error();
+	errno = 0;
+	n = tls_result(k->tls, SSL_read(k->tls->ssl, in, (int)len), &k->tls->reads, POLLIN);
+	k->tls->dry = n == LINK_AGAIN;
+	return n;
+}
+
+static ssize_t tls_write(struct link *k, const char *out, size_t len)
+{
+	ssize_t n;
+
+	ERR_clear_error();
+	errno = 0;
+	n = tls_result(k->tls, SSL_write(k->tls->ssl, out, (int)len), &k->tls->writes, POLLOUT);
+	return n == 0 ? LINK_FAILED : n;
+}
+
+/* close_notify: the peer is told that the end is no accident. */
+static void tls_finish(struct link *k)
+{
+	if (k->tls->done)
+		(void)SSL_shutdown(k->tls->ssl);
+	ERR_clear_error();
+}
+
+static bool is_tls(const struct link *k)
+{
+	return k->tls != NULL && !k->tls->gated;
+}
+
+/* Octets that poll() does not know of; a part of a record alone is none. */
+static bool link_pending(const struct link *k)
+{
+	return is_tls(k) && !k->tls->dry && (SSL_has_pending(k->tls->ssl) ||
+	    BIO_ctrl_pending(SSL_get_rbio(k->tls->ssl)) > 0);
+}
+
+static short tls_events(const struct link *k, bool in, bool out)
+{
+	return (short)((in ? k->tls->reads : 0) | (out ? k->tls->writes : 0));
+}
+
+static void wipe(void *memory, size_t size)
+{
+	OPENSSL_cleanse(memory, size);
+}
+
+/* ---- passwords at rest ---- */
+
+enum { SALT_SIZE = 16, HASH_SIZE = 32, SCRYPT_N = 1 << 14, SCRYPT_R = 8, SCRYPT_P = 1 };
+
+/* The schemes: what a line of the accounts file may have in braces. */
+static bool hash_scrypt(uint64_t cost, const char *secret, size_t len, const unsigned char *salt,
+    unsigned char *hash)
+{
+	return EVP_PBE_scrypt(secret, len, salt, SALT_SIZE, cost, SCRYPT_R, SCRYPT_P, 0, hash,
+	    HASH_SIZE) == 1;
+}
+
+static bool hash_pbkdf2(uint64_t cost, const char *secret, size_t len, const unsigned char *salt,
+    unsigned char *hash)
+{
+	return cost <= INT_MAX && PKCS5_PBKDF2_HMAC(secret, (int)len, salt, SALT_SIZE, (int)cost,
+	    EVP_sha256(), HASH_SIZE, hash) == 1;
+}
+
+static const struct scheme {
+	const char *name;
+	uint64_t cost;          /* of new ones */
+	uint64_t most;          /* that is computed: a bound on time and memory */
+	bool (*hash)(uint64_t cost, const char *secret, size_t len, const unsigned char *salt,
+	    unsigned char *hash);
+} schemes[] = {
+	{ "{SCRYPT}", SCRYPT_N, 1 << 15, hash_scrypt },
+	{ "{PBKDF2-SHA256}", 600000, 10000000, hash_pbkdf2 },
+};
+
+/* {SCHEME}cost$salt$hash, in base64. */
+static bool password_make(char *out, size_t size, const char *secret, size_t len)
+{
+	unsigned char salt[SALT_SIZE], hash[HASH_SIZE];
+	struct text t = { out, 0, size - 1 };
+
+	if (RAND_bytes(salt, sizeof salt) != 1 ||
+	    !schemes[0].hash(schemes[0].cost, secret, len, salt, hash))
+		return false;
+	put_string(&t, schemes[0].name);
+	put_number(&t, schemes[0].cost);
+	put_string(&t, "$");
+	put_base64(&t, slice((const char *)salt, sizeof salt));
+	put_string(&t, "$");
+	put_base64(&t, slice((const char *)hash, sizeof hash));
+	out[t.len] = '\0';
+	return true;
+}
+
+/* The parts of a line's hash; NULL where it is none. */
+static const struct scheme *password_parse(const char *text, uint64_t *cost, unsigned char *salt,
+    unsigned char *hash)
+{
+	char octets[64] = "";
+
+	for (size_t i = 0; i < COUNT(schemes); i++) {
+		size_t n = strlen(schemes[i].name);
+		const char *first, *second;
+		struct text t = { octets, 0, sizeof octets };
+		ptrdiff_t used;
+		if (strncmp(text, schemes[i].name, n) != 0)
+			continue;
+		text += n;
+		used = bsmtp_number_parse(cost, text, strlen(text));
+		first = used > 0 ? strchr(text, '$') : NULL;
+		second = first != NULL ? strchr(first + 1, '$') : NULL;
+		if (second == NULL || first != text + used || *cost == 0 || *cost > schemes[i].most ||
+		    !take_base64(&t, slice(first + 1, (size_t)(second - first) - 1)) || t.len != SALT_SIZE ||
+		    !take_base64(&t, slice_of(second + 1)) || t.len != SALT_SIZE + HASH_SIZE)
+			return NULL;
+		memcpy(salt, octets, SALT_SIZE);
+		memcpy(hash, octets + SALT_SIZE, HASH_SIZE);
+		return &schemes[i];
+	}
+	return NULL;
+}
+
+static bool password_valid(const char *text)
+{
+	unsigned char salt[SALT_SIZE], hash[HASH_SIZE];
+	uint64_t cost;
+
+	return password_parse(text, &cost, salt, hash) != NULL;
+}
+
+static bool password_matches(const char *text, const char *secret, size_t len)
+{
+	unsigned char salt[SALT_SIZE], hash[HASH_SIZE], made[HASH_SIZE];
+	uint64_t cost;
+	const struct scheme *scheme = password_parse(text, &cost, salt, hash);
+
+	return scheme != NULL && scheme->hash(cost, secret, len, salt, made) &&
+	    CRYPTO_memcmp(hash, made, HASH_SIZE) == 0;
+}
+#endif
+
+#ifdef BSMTP_NO_TLS
+/* Without OpenSSL no option asks for TLS, and no link ever has it. */
+struct tls_context {
+	bool pinned;
+	char own_pin[65];
+};
+
+static struct tls_context *tls_server_context(void) { return NULL; }
+static struct tls_context *tls_client_context(void) { return NULL; }
+static void tls_context_free(struct tls_context *x) { (void)x; }
+static void link_end_tls(struct link *k) { (void)k; }
+static bool link_accept_tls(struct link *k, struct tls_context *x, struct bsmtp_slice held, bool may) { (void)k; (void)x; (void)held; return may && false; }
+static bool link_connect_tls(struct link *k, struct tls_context *x, const char *name, const char *server, bool alpn, bool gated) { (void)k; (void)x; (void)name; (void)server; return alpn && gated && false; }
+static bool link_open_gate(struct link *k, struct bsmtp_slice held) { (void)k; (void)held; return false; }
+static ssize_t link_handshake(struct link *k) { (void)k; return LINK_FAILED; }
+static uint64_t link_tls_written(const struct link *k) { (void)k; return 0; }
+static const char *link_tls_why(const struct link *k) { (void)k; return ""; }
+static const char *link_version(const struct link *k) { (void)k; return NULL; }
+static bool link_agreed(const struct link *k) { (void)k; return false; }
+static bool link_peer_certified(const struct link *k) { (void)k; return false; }
+static void diag_tls(const struct link *k, const char *peer) { (void)k; (void)peer; }
+static bool link_pin_good(const struct link *k, const struct tls_context *x) { (void)k; (void)x; return true; }
+static ssize_t tls_read(struct link *k, char *in, size_t len) { (void)k; (void)in; (void)len; return LINK_FAILED; }
+static ssize_t tls_write(struct link *k, const char *out, size_t len) { (void)k; (void)out; (void)len; return LINK_FAILED; }
+static void tls_finish(struct link *k) { (void)k; }
+static bool link_pending(const struct link *k) { (void)k; return false; }
+static bool is_tls(const struct link *k) { (void)k; return false; }
+static short tls_events(const struct link *k, bool in, bool out) { (void)k; return in && out ? 0 : 0; }
+static void wipe(void *memory, size_t size) { memset(memory, 0, size); }
+static bool is_pin(const char *text) { return *text != '\0'; }
+static bool password_make(char *out, size_t size, const char *secret, size_t len) { (void)out; (void)size; (void)secret; (void)len; return false; }
+static bool password_valid(const char *text) { (void)text; return false; }
+static bool password_matches(const char *text, const char *secret, size_t len) { (void)text; (void)secret; (void)len; return false; }
+#endif
+
+/* ---- reading and writing ---- */
 
 /* Octets moved; 0 at the end of input; LINK_AGAIN, LINK_FAILED with errno. */
 static ssize_t link_result(ssize_t n)
@@ -3692,17 +4819,27 @@ static ssize_t link_result(ssize_t n)
 
 static ssize_t link_read(struct link *k, char *in, size_t len)
 {
-	return link_result(read(k->in, in, min_size(len, IO_MAX)));
+	len = min_size(len, IO_MAX);
+	return is_tls(k) ? tls_read(k, in, len) : link_result(read(k->in, in, len));
 }
 
 static ssize_t link_write(struct link *k, const char *out, size_t len)
 {
-	return link_result(write(k->out, out, min_size(len, IO_MAX)));
+	len = min_size(len, IO_MAX);
+	return is_tls(k) ? tls_write(k, out, len) : link_result(write(k->out, out, len));
+}
+
+/* What poll() is to wait for on `in`; with TLS, reading may need to write. */
+static short link_events(const struct link *k, bool in, bool out)
+{
+	return is_tls(k) ? tls_events(k, in, out) : (short)((in ? POLLIN : 0) | (out ? POLLOUT : 0));
 }
 
 /* The peer is told that no more comes; what it says is still read. */
 static void link_finish(struct link *k)
 {
+	if (is_tls(k))
+		tls_finish(k);
 	if (k->in == k->out) {
 		(void)shutdown(k->out, SHUT_WR);
 	} else if (k->out >= 0) {
@@ -3713,6 +4850,7 @@ static void link_finish(struct link *k)
 
 static void link_close(struct link *k)
 {
+	link_end_tls(k);
 	if (k->out >= 0 && k->out != k->in)
 		close(k->out);
 	if (k->in >= 0)
@@ -4598,8 +5736,12 @@ static void read_header(struct source *s, struct header *h)
 
 /* One message on its way to the store.  The loop fills it, the committer
  * settles it; at no time do both hold it. */
+struct job {                    /* the head of what a worker is given */
+	struct job *next;
+};
+
 struct delivery {
-	struct delivery *next;
+	struct job job;
 	int error;              /* errno of the first failure, 0 */
 	int verdict;            /* of a command, as sysexits have it */
 	int fd, side;           /* its file; that of its envelope; -1: none */
@@ -4619,6 +5761,11 @@ struct delivery {
 	char *peer, *helo;
 	const char *protocol;
 };
+
+static struct delivery *next_of(const struct delivery *d)
+{
+	return (struct delivery *)(void *)d->job.next;
+}
 
 struct store {
 	const struct store_row *row;
@@ -5063,15 +6210,15 @@ static void commit_files(struct store *st, struct delivery *group)
 	size_t count = 0;
 	bool synced;
 
-	for (struct delivery *d = group; d != NULL; d = d->next, count++)
+	for (struct delivery *d = group; d != NULL; d = next_of(d), count++)
 		if (st->row->prepare != NULL && st->row->prepare(st, d) != 0)
 			d->error = errno;
 	synced = count > FEW && sync_at_once(st);
-	for (struct delivery *d = group; d != NULL; d = d->next)
+	for (struct delivery *d = group; d != NULL; d = next_of(d))
 		commit_file(st, d, synced);
 	if (fsync(st->new_dir) == 0)
 		return;
-	for (struct delivery *d = group; d != NULL; d = d->next) {
+	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
 		if (d->error != 0)
 			continue;
 		d->error = errno;               /* it will be sent again */
@@ -5253,7 +6400,7 @@ static int append_group(struct store *st, struct append *a, struct delivery *gro
 	off_t at = a->size, good;
 	bool all = true;
 
-	for (const struct delivery *d = group; d != NULL; d = d->next)
+	for (const struct delivery *d = group; d != NULL; d = next_of(d))
 		total += spool_size(d);
 	n = min_size(lead_len, sizeof head);
 	memcpy(head, lead, n);
@@ -5266,7 +6413,7 @@ static int append_group(struct store *st, struct append *a, struct delivery *gro
 	    put_at(a->fd, lead, lead_len, &at) != 0)
 		return -1;
 	good = at;
-	for (struct delivery *d = group; d != NULL; d = d->next) {
+	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
 		if (all && append_one(a, d, &at) != 0)
 			all = false;
 		if (!all)
@@ -5299,7 +6446,7 @@ static void commit_appended(struct store *st, struct delivery *group)
 		}
 	}
 	append_close(&a);
-	for (struct delivery *d = group; d != NULL; d = d->next) {
+	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
 		d->error = d->error != 0 ? d->error : done != 0 ? errno : 0;
 		close_files(d);
 	}
@@ -5444,7 +6591,7 @@ static void commit_by_command(struct store *st, struct delivery *group)
 
 	while (next != NULL || count > 0) {
 		size_t before = count;
-		for (; next != NULL && count < COMMANDS_MAX; next = next->next)
+		for (; next != NULL && count < COMMANDS_MAX; next = next_of(next))
 			count += start_command(st, next, &running[count]);
 		for (size_t i = 0; i < count; i++)
 			if (command_ended(&running[i]))
@@ -5452,7 +6599,7 @@ static void commit_by_command(struct store *st, struct delivery *group)
 		if (count > 0 && count >= before)
 			nanosleep(&pause, NULL);
 	}
-	for (struct delivery *d = group; d != NULL; d = d->next)
+	for (struct delivery *d = group; d != NULL; d = next_of(d))
 		close_files(d);
 }
 
@@ -5551,103 +6698,115 @@ static void delivery_forget(struct store *st, struct delivery *d)
 	delivery_free(st, d);
 }
 
-/* ---- the committer ---- */
+/* ---- workers ---- */
 
-/* One thread that makes groups durable: all that has arrived while it synced
- * the last group is the next one, so the size follows from the disk's speed. */
-struct committer {
-	struct store *store;
+/* A thread for what would keep the loop waiting: all that was given while it did the
+ * last group is the next one.  The committer's groups are synced together, so their
+ * size follows from the disk's speed. */
+struct worker {
+	void (*run)(void *context, struct job *group);
+	void *context;
 	pthread_t thread;
 	pthread_mutex_t lock;
 	pthread_cond_t wake;
-	struct delivery *queue, **queue_end;    /* to be committed */
-	struct delivery *done, **done_end;      /* committed, or failed */
+	struct job *queue, **queue_end; /* to be done */
+	struct job *done, **done_end;
 	bool stop, started;
 	int signal[2];          /* a pipe: an octet when there is something done */
 };
 
-static void *committer_run(void *context)
+static void *worker_run(void *context)
 {
-	struct committer *c = context;
+	struct worker *w = context;
 
-	pthread_mutex_lock(&c->lock);
-	while (!c->stop || c->queue != NULL) {
-		struct delivery *group = c->queue;
+	pthread_mutex_lock(&w->lock);
+	while (!w->stop || w->queue != NULL) {
+		struct job *group = w->queue;
 		if (group == NULL) {
-			pthread_cond_wait(&c->wake, &c->lock);
+			pthread_cond_wait(&w->wake, &w->lock);
 			continue;
 		}
-		c->queue = NULL;
-		c->queue_end = &c->queue;
-		pthread_mutex_unlock(&c->lock);
-		c->store->row->commit(c->store, group);
-		pthread_mutex_lock(&c->lock);
-		*c->done_end = group;
-		while (*c->done_end != NULL)
-			c->done_end = &(*c->done_end)->next;
-		(void)!write(c->signal[1], "", 1);
+		w->queue = NULL;
+		w->queue_end = &w->queue;
+		pthread_mutex_unlock(&w->lock);
+		w->run(w->context, group);
+		pthread_mutex_lock(&w->lock);
+		*w->done_end = group;
+		while (*w->done_end != NULL)
+			w->done_end = &(*w->done_end)->next;
+		(void)!write(w->signal[1], "", 1);
 	}
-	pthread_mutex_unlock(&c->lock);
+	pthread_mutex_unlock(&w->lock);
 	return NULL;
 }
 
-static bool committer_start(struct committer *c, struct store *st)
+static bool worker_start(struct worker *w, void (*run)(void *, struct job *), void *context)
 {
 	sigset_t all, old;
-	bool ok;
 
-	memset(c, 0, sizeof *c);
-	c->store = st;
-	c->queue_end = &c->queue;
-	c->done_end = &c->done;
-	if (!make_pipe(c->signal))
+	memset(w, 0, sizeof *w);
+	w->run = run;
+	w->context = context;
+	w->queue_end = &w->queue;
+	w->done_end = &w->done;
+	if (!make_pipe(w->signal))
 		return false;
-	pthread_mutex_init(&c->lock, NULL);
-	pthread_cond_init(&c->wake, NULL);
+	pthread_mutex_init(&w->lock, NULL);
+	pthread_cond_init(&w->wake, NULL);
 	sigfillset(&all);               /* signals are the loop's */
 	pthread_sigmask(SIG_SETMASK, &all, &old);
-	errno = pthread_create(&c->thread, NULL, committer_run, c);
-	ok = c->started = errno == 0;
+	errno = pthread_create(&w->thread, NULL, worker_run, w);
+	w->started = errno == 0;
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	return ok;
+	return w->started;
 }
 
-static void committer_give(struct committer *c, struct delivery *d)
+static void worker_give(struct worker *w, struct job *job)
 {
-	d->next = NULL;
-	pthread_mutex_lock(&c->lock);
-	*c->queue_end = d;
-	c->queue_end = &d->next;
-	pthread_cond_signal(&c->wake);
-	pthread_mutex_unlock(&c->lock);
+	job->next = NULL;
+	pthread_mutex_lock(&w->lock);
+	*w->queue_end = job;
+	w->queue_end = &job->next;
+	pthread_cond_signal(&w->wake);
+	pthread_mutex_unlock(&w->lock);
 }
 
-static struct delivery *committer_take(struct committer *c)
+static struct job *worker_take(struct worker *w)
 {
-	struct delivery *done;
+	struct job *done;
 	char octets[64];
 
-	while (read(c->signal[0], octets, sizeof octets) == (ssize_t)sizeof octets)
+	while (read(w->signal[0], octets, sizeof octets) == (ssize_t)sizeof octets)
 		;
-	pthread_mutex_lock(&c->lock);
-	done = c->done;
-	c->done = NULL;
-	c->done_end = &c->done;
-	pthread_mutex_unlock(&c->lock);
+	pthread_mutex_lock(&w->lock);
+	done = w->done;
+	w->done = NULL;
+	w->done_end = &w->done;
+	pthread_mutex_unlock(&w->lock);
 	return done;
 }
 
-static void committer_stop(struct committer *c)
+static void worker_stop(struct worker *w)
 {
-	pthread_mutex_lock(&c->lock);
-	c->stop = true;
-	pthread_cond_signal(&c->wake);
-	pthread_mutex_unlock(&c->lock);
-	pthread_join(c->thread, NULL);
-	close(c->signal[0]);
-	close(c->signal[1]);
-	pthread_cond_destroy(&c->wake);
-	pthread_mutex_destroy(&c->lock);
+	if (!w->started)
+		return;
+	pthread_mutex_lock(&w->lock);
+	w->stop = true;
+	pthread_cond_signal(&w->wake);
+	pthread_mutex_unlock(&w->lock);
+	pthread_join(w->thread, NULL);
+	close(w->signal[0]);
+	close(w->signal[1]);
+	pthread_cond_destroy(&w->wake);
+	pthread_mutex_destroy(&w->lock);
+	w->started = false;
+}
+
+static void commit(void *context, struct job *group)
+{
+	struct store *st = context;
+
+	st->row->commit(st, (struct delivery *)(void *)group);
 }
 
 /* ==== 11 watchers ======================================================== */
@@ -5735,10 +6894,21 @@ static void json_begin(FILE *f, const char *event, int64_t start_us)
 	fprintf(f, "{\"event\":\"%s\",\"time\":%.3f", event, (double)(now_us() - start_us) / 1e6);
 }
 
+static void json_version(FILE *f, const struct link *k)
+{
+	const char *version = link_version(k);
+
+	if (version == NULL)
+		fputs(",\"tls\":null", f);
+	else
+		fprintf(f, ",\"tls\":\"%s\"", version);
+}
+
 /* The transcript, in swaks' notation. */
 struct trace {
 	int64_t start_us;
 	bool server;            /* commands come in, replies go out */
+	bool tls;
 	char who[96];           /* which session, where there are several */
 };
 
@@ -5774,10 +6944,10 @@ static void trace_tap(void *context, enum bsmtp_tap_kind kind, struct bsmtp_slic
 		snprintf(body, sizeof body, "(%llu octets of body)", (unsigned long long)octets);
 		line = slice_of(body);
 	}
-	if (kind == BSMTP_TAP_REPLY)
-		trace_mark(t, error ? t->server ? " **>" : "<**" : t->server ? " ->" : "<- ", line);
+	if ((kind == BSMTP_TAP_REPLY) == t->server)
+		trace_mark(t, error && t->server ? " **>" : t->tls ? " ~>" : " ->", line);
 	else
-		trace_mark(t, t->server ? "<- " : " ->", line);
+		trace_mark(t, error && !t->server ? "<**" : t->tls ? "<~ " : "<- ", line);
 }
 
 /* Whether all that was written to standard output got there. */
@@ -5872,6 +7042,7 @@ struct sender {
 	struct bsmtp_client_config config;
 	struct trace trace;
 	struct dialogue on;
+	struct tls_context *tls;        /* NULL: no TLS is asked for */
 	struct progress progress;
 	char peer[128];
 	struct letter *first, **last;   /* in flight, in order */
@@ -6069,8 +7240,8 @@ static void settle_recipients(struct sender *s, struct letter *l,
 			    slice_of(or_empty(v->status)), slice_of(or_empty(v->text)));
 		if (!own)
 			v->fate = e->fate;
-		if (v->fate == BSMTP_REJECTED)
-			worst(&s->status, EX_UNAVAILABLE);
+		if (v->fate == BSMTP_REJECTED)  /* 530: only under TLS, or with a name (RFC 3207, 4954) */
+			worst(&s->status, (own ? v->code : e->code) == 530 ? EX_NOPERM : EX_UNAVAILABLE);
 		else if (v->fate == BSMTP_DEFERRED)
 			worst(&s->status, EX_TEMPFAIL);
 	}
@@ -6173,8 +7344,9 @@ static void report_opening(struct sender *s, const char *agreed)
 		return;
 	json_begin(stdout, "opening", s->start_us);
 	json_key(stdout, "peer", slice_of(s->peer));
-	printf(",\"mode\":\"%s\",\"agreed\":\"%s\",\"tls\":null}\n",
-	    bsmtp_mode_name(s->config.mode), agreed);
+	printf(",\"mode\":\"%s\",\"agreed\":\"%s\"", bsmtp_mode_name(s->config.mode), agreed);
+	json_version(stdout, &s->on.link);
+	fputs("}\n", stdout);
 }
 
 static void diag_session(struct sender *s, const struct bsmtp_client_event *e, const char *hint)
@@ -6309,6 +7481,8 @@ static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 {
 	bool retry = e->error == BSMTP_E_REFUSED && s->config.mode == BSMTP_MODE_BSMTP;
 
+	if (s->on.gave_up)              /* the end is ours, and was told */
+		return;
 	if (s->on.child > 0 && !s->on.greeted && e->code == 0) {
 		diag("%s: it ended before a server had spoken", s->peer);
 		worst(&s->status, EX_TEMPFAIL);
@@ -6321,9 +7495,10 @@ static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 	}
 	diag_session(s, e, retry ? " (does it speak BSMTP? else try --mode pipelining)" : "");
 	/* What a late 4yz has left undone shows in the messages' fates. */
-	if (e->error == BSMTP_E_REFUSED || !e->late)
-		worst(&s->status, e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL : EX_UNAVAILABLE);
-	s->hopeless = e->error == BSMTP_E_REFUSED;
+	if (e->error != BSMTP_E_DEFERRED || !e->late || e->verb == BSMTP_VERB_AUTH)
+		worst(&s->status, e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL :
+		    e->error == BSMTP_E_AUTH ? EX_NOPERM : EX_UNAVAILABLE);
+	s->hopeless = e->error != BSMTP_E_DEFERRED;
 	if (e->late && !s->on.half_closed) {
 		s->on.half_closed = true;
 		link_finish(&s->on.link);
@@ -6344,14 +7519,19 @@ static void on_error(struct sender *s, const struct bsmtp_client_event *e)
 	}
 	if (!s->on.gave_up)
 		diag_session(s, e, "");
-	worst(&s->status, e->error == BSMTP_E_CLOSED || e->error == BSMTP_E_STOPPED ?
-	    EX_TEMPFAIL : EX_PROTOCOL);
+	s->hopeless = s->hopeless || e->error == BSMTP_E_NO_TLS || e->error == BSMTP_E_AUTH;
+	if (s->on.gave_up && s->hopeless)
+		return;
+	worst(&s->status, e->error == BSMTP_E_CLOSED || e->error == BSMTP_E_STOPPED ||
+	    e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL : e->error == BSMTP_E_NO_TLS ||
+	    e->error == BSMTP_E_AUTH ? EX_NOPERM : EX_PROTOCOL);
 }
 
 static void on_event(struct sender *s, struct bsmtp_client_event *e)
 {
 	switch (e->type) {
 	case BSMTP_CLIENT_NONE:
+	case BSMTP_CLIENT_SECURE:
 	case BSMTP_CLIENT_QUIT:
 		break;
 	case BSMTP_CLIENT_NOTE:
@@ -6716,6 +7896,8 @@ static bool write_step(struct sender *s)
 		return true;
 	case BSMTP_WANT_ROOM:
 	case BSMTP_WANT_GRACE:
+	case BSMTP_WANT_TLS:
+	case BSMTP_WANT_SECURED:
 	case BSMTP_WANT_REPLY:
 	case BSMTP_WANT_NOTHING:
 		break;
@@ -6745,6 +7927,13 @@ static void flush_out(struct sender *s)
 
 /* A turnaround: nothing is left that may be sent, and the server's word is
  * waited for. */
+static void note_turnaround(struct sender *s)
+{
+	s->on.turned = true;
+	s->turnarounds++;
+	trace_note(&s->trace, "turnaround %llu", (unsigned long long)s->turnarounds);
+}
+
 static void count_turnaround(struct sender *s)
 {
 	enum bsmtp_want want = bsmtp_client_want(&s->client);
@@ -6753,11 +7942,9 @@ static void count_turnaround(struct sender *s)
 	(void)bsmtp_client_out(&s->client, &len);
 	if (s->on.turned || len > 0 || s->on.half_closed || s->on.broken || s->on.cut)
 		return;
-	if (want != BSMTP_WANT_REPLY && want != BSMTP_WANT_GRACE && s->weight <= FLIGHT_MAX)
-		return;
-	s->on.turned = true;
-	s->turnarounds++;
-	trace_note(&s->trace, "turnaround %llu", (unsigned long long)s->turnarounds);
+	if (want == BSMTP_WANT_REPLY || want == BSMTP_WANT_GRACE || want == BSMTP_WANT_TLS ||
+	    s->weight > FLIGHT_MAX)
+		note_turnaround(s);
 }
 
 static int64_t grace_length(const struct sender *s)
@@ -6812,6 +7999,121 @@ static void on_time(struct sender *s)
 	session_over(s);
 }
 
+/* The server is gone.  Under TLS it may be that it did not like our certificate. */
+static void read_failed(struct sender *s, bool error)
+{
+	const char *why = link_tls_why(&s->on.link);
+
+	if (error && *why != '\0' && !bsmtp_client_offered(&s->client)) {
+		diag("%s: TLS: %s", s->peer, why);
+		worst(&s->status, EX_NOPERM);
+		s->on.gave_up = true;
+	} else if (error) {
+		trace_note(&s->trace, "reading: %s", *why != '\0' ? why : strerror(errno));
+	}
+	session_over(s);
+}
+
+/* ---- TLS ---- */
+
+/* TLS did not come about: nothing of the mail has left. */
+static void no_tls(struct sender *s, const char *why)
+{
+	if (why != NULL)
+		diag("%s: TLS: %s", s->peer, why);
+	worst(&s->status, EX_NOPERM);
+	s->hopeless = true;
+	s->on.gave_up = s->on.broken = true;
+	session_over(s);
+}
+
+/* The handshake to its end, within the timeout; true when the link is secure. */
+static bool shake_hands(struct sender *s)
+{
+	int64_t end = now_us() + (int64_t)options.timeout_ms * 1000;
+
+	for (;;) {
+		uint64_t before = link_tls_written(&s->on.link);
+		ssize_t n = link_handshake(&s->on.link);
+		struct pollfd p = { s->on.link.in, link_events(&s->on.link, true, false), 0 };
+		int64_t left = end - now_us();
+		if (link_tls_written(&s->on.link) != before)
+			s->on.turned = false;
+		if (n == LINK_FAILED) {
+			diag_tls(&s->on.link, s->peer);
+			return false;
+		}
+		if (n != LINK_AGAIN)
+			break;
+		if (left <= 0) {
+			diag("%s: TLS: silent for %.3g s, giving up", s->peer, (double)options.timeout_ms / 1e3);
+			return false;
+		}
+		if (!s->on.turned)
+			note_turnaround(s);
+		(void)poll(&p, 1, (int)min_size((size_t)left / 1000 + 1, 3600000));
+	}
+	s->on.turned = false;
+	if (link_pin_good(&s->on.link, s->tls))
+		return true;
+	diag("%s: the certificate is not the one of --pin", s->peer);
+	return false;
+}
+
+/* Whom the certificate must be for: --tls-name, else the host that was called. */
+static const char *tls_name(void)
+{
+	static struct address a;
+
+	if (options.tls_name != NULL)
+		return options.tls_name;
+	return options.connect_command == NULL && parse_address(&a, options.server) && !a.local ?
+	    a.host : "localhost";
+}
+
+static bool start_tls_to_server(struct sender *s, bool gated)
+{
+	bool alpn = s->config.mode == BSMTP_MODE_BSMTP;
+
+	if (!link_connect_tls(&s->on.link, s->tls, tls_name(), options.server, alpn, gated)) {
+		no_tls(s, "out of memory");
+		return false;
+	}
+	s->on.turned = false;
+	return true;
+}
+
+/* TLS is complete: the session begins, or begins anew. */
+static bool secure(struct sender *s)
+{
+	bool agreed;
+
+	if (!shake_hands(s)) {
+		no_tls(s, NULL);
+		return false;
+	}
+	agreed = link_agreed(&s->on.link);
+	trace_note(&s->trace, "%s%s", or_empty(link_version(&s->on.link)), agreed ? ", agreed by ALPN" : "");
+	s->trace.tls = true;
+	bsmtp_client_secured(&s->client, agreed);
+	if (agreed)
+		report_opening(s, "alpn");
+	s->on.progress_us = now_us();
+	return true;
+}
+
+/* The reply that TLS follows was read, and octets behind it.  Those behind the reply
+ * to BSMTP's opening are TLS already; behind that to STARTTLS there must be none, for
+ * nobody has spoken TLS yet: somebody has put them there (CVE-2011-0411's twin). */
+static void turn_to_tls(struct sender *s, struct bsmtp_slice rest)
+{
+	if (s->on.link.tls == NULL && rest.len > 0)
+		no_tls(s, "octets behind the reply to STARTTLS: somebody is in between");
+	else if (s->on.link.tls == NULL ? start_tls_to_server(s, false) :
+	    link_open_gate(&s->on.link, rest))
+		(void)secure(s);
+}
+
 static void read_replies(struct sender *s)
 {
 	ssize_t n = link_read(&s->on.link, s->in, sizeof s->in);
@@ -6821,9 +8123,7 @@ static void read_replies(struct sender *s)
 		return;
 	s->on.progress_us = now_us();
 	if (n <= 0) {
-		if (n < 0)
-			trace_note(&s->trace, "reading: %s", strerror(errno));
-		session_over(s);
+		read_failed(s, n < 0);
 		return;
 	}
 	while (used < (size_t)n) {
@@ -6833,6 +8133,10 @@ static void read_replies(struct sender *s)
 		if (grace && s->on.grace_waited && bsmtp_client_want(&s->client) != BSMTP_WANT_GRACE)
 			s->grace_us = now_us() - s->on.grace_start_us;
 		on_event(s, &e);
+		if (e.type == BSMTP_CLIENT_SECURE) {
+			turn_to_tls(s, slice(s->in + used, (size_t)n - used));
+			return;
+		}
 	}
 }
 
@@ -6843,9 +8147,15 @@ static void wait_for_more(struct sender *s)
 	size_t len;
 	int n;
 
+	if (link_pending(&s->on.link)) {
+		read_replies(s);
+		return;
+	}
 	(void)bsmtp_client_out(&s->client, &len);
 	if (len > 0 && !s->on.broken)
 		p[1].fd = s->on.link.out;
+	p[0].events = link_events(&s->on.link, true, false);
+	p[1].events = link_events(&s->on.link, false, true);
 	if (s->source_waits)
 		p[2].fd = s->input->fd;
 	if (options.json)
@@ -6858,6 +8168,16 @@ static void wait_for_more(struct sender *s)
 		read_replies(s);
 	else if (n == 0 && until != 0 && now_us() >= until)
 		on_time(s);
+}
+
+/* Sends what is to be sent; whether that is all gone. */
+static bool flushed(struct sender *s)
+{
+	size_t len;
+
+	flush_out(s);
+	(void)bsmtp_client_out(&s->client, &len);
+	return len == 0;
 }
 
 static void show_progress(struct sender *s)
@@ -6884,6 +8204,9 @@ static void converse(struct sender *s)
 {
 	while (bsmtp_client_want(&s->client) != BSMTP_WANT_NOTHING) {
 		size_t len;
+		if (bsmtp_client_want(&s->client) == BSMTP_WANT_TLS && s->on.link.tls == NULL &&
+		    flushed(s) && !start_tls_to_server(s, true))
+			break;          /* our first flight goes with the opening */
 		while (!s->on.broken && !s->on.cut && write_step(s))
 			;
 		flush_out(s);
@@ -7040,7 +8363,7 @@ static int dial_command(struct sender *s)
 		_exit(127);
 	}
 	close(pair[1]);
-	s->on.link = (struct link){ pair[0], pair[0] };
+	s->on.link = (struct link){ pair[0], pair[0], NULL };
 	trace_note(&s->trace, "started: %s", options.connect_command);
 	return EX_OK;
 }
@@ -7068,7 +8391,7 @@ static int dial_address(struct sender *s, const struct addrinfo *found)
 		diag("%s: %s", options.server, strerror(errno));
 		return EX_TEMPFAIL;
 	}
-	s->on.link = (struct link){ fd, fd };
+	s->on.link = (struct link){ fd, fd, NULL };
 	if (found->ai_family != AF_UNIX && getpeername(fd, (struct sockaddr *)(void *)&peer, &len) == 0)
 		name_address(s->peer, sizeof s->peer, (struct sockaddr *)(void *)&peer, len);
 	trace_note(&s->trace, "connected to %s in %.3f ms", s->peer, (double)s->connect_us / 1e3);
@@ -7124,18 +8447,22 @@ static int hold_dialogue(struct sender *s)
 	int status;
 
 	memset(&s->on, 0, sizeof s->on);
-	s->on.link = (struct link){ -1, -1 };
+	s->on.link = (struct link){ -1, -1, NULL };
 	s->on.dial_us = now_us();
 	status = dial(s);
 	if (status != EX_OK)
 		return status;
 	s->on.progress_us = now_us();
 	bsmtp_client_init(&s->client, &s->config, s->out, sizeof s->out, s->due, sizeof s->due);
+	s->trace.tls = false;
+	if (options.tls && start_tls_to_server(s, false))
+		(void)secure(s);
 	if (s->config.no_grace && s->config.mode == BSMTP_MODE_BSMTP && !s->config.await_greeting)
 		trace_note(&s->trace, "no grace");
 	converse(s);
 	s->on.again = s->on.again && s->first == NULL;
 	s->strays += bsmtp_client_strays(&s->client);
+	wipe(s->out, options.user != NULL ? sizeof s->out : 0);
 	link_close(&s->on.link);
 	end_command(s);
 	return EX_OK;
@@ -7259,7 +8586,7 @@ static int send_main(void)
 
 	memset(s, 0, sizeof *s);
 	s->last = &s->first;
-	s->on.link = (struct link){ -1, -1 };
+	s->on.link = (struct link){ -1, -1, NULL };
 	s->automatic = options.mode == BSMTP_MODES;
 	s->fallback = (enum bsmtp_mode)options.fallback;
 	s->start_us = s->trace.start_us = s->progress.start_us = now_us();
@@ -7272,16 +8599,23 @@ static int send_main(void)
 		.await_greeting = options.await_greeting,
 		.no_grace = options.grace_given && options.grace_ms == 0,
 		.blind = options.blind,
+		.starttls = options.starttls,
 		.helo = options.helo != NULL ? options.helo : host_name(),
+		.user = options.user,
+		.password = options.password,
 		.tap = options.trace ? trace_tap : NULL,
 		.tap_context = &s->trace,
 	};
 	choose_mode(s);
-	status = options.format == FORMAT_RAW ? send_raw(s) :
+	if ((options.tls || options.starttls) && (s->tls = tls_client_context()) == NULL)
+		status = EX_USAGE;
+	else
+		status = options.format == FORMAT_RAW ? send_raw(s) :
 	    options.output != NULL ? write_batch(s) : send_mail(s);
 	worst(&status, s->status);
 	worst(&status, s->operands.status);
 	end_detour(s);
+	tls_context_free(s->tls);
 	source_free(&s->operands);
 	list_free(&s->header.to);
 	free(s);
@@ -7330,12 +8664,124 @@ struct session {
 	uint64_t linger_octets;
 	bool ending, lingering, answered;
 	bool eof;                       /* the peer will send no more */
+	bool listed, local;             /* it is on --allow's list; a local socket */
+	bool securing;                  /* behind what is owed, TLS begins */
+	bool opened_so;                 /* by BSMTP's opening, its octets behind it */
+	bool shaking;                   /* its handshake is under way */
+	struct claim *claim;            /* a name and its password, at the verifier */
+	int64_t verdict_us;             /* when its refusal is told */
+	uint64_t verdict_ticket;
+	enum bsmtp_answer verdict;
 	bool blocked;                   /* no room for more replies: send some first */
 };
 
+/* ---- accounts ---- */
+
+/* The lines of --users: "name:{scheme}hash".  The loop reads them anew, the verifier
+ * looks at them. */
+struct users {
+	struct list lines;
+	pthread_mutex_t lock;
+	bool made;
+};
+
+/* A name and a password that somebody claims to have. */
+struct claim {
+	struct job job;
+	struct session *session;        /* NULL: gone */
+	uint64_t ticket;
+	char *name, *secret;
+	size_t secret_len;
+	bool good;
+};
+
+/* False with a diagnostic; what was read before stays then. */
+static bool users_read(struct users *u, const char *path)
+{
+	FILE *f = fopen(path, "r");
+	struct list fresh = { NULL, 0, 0 };
+	char line[1024];
+	bool good = f != NULL;
+
+	if (f == NULL)
+		diag("%s: %s", path, strerror(errno));
+	for (size_t n = 1; good && fgets(line, sizeof line, f) != NULL; n++) {
+		struct bsmtp_slice text = trim(slice_of(line));
+		char *colon;
+		line[text.len + (size_t)(text.at - line)] = '\0';
+		colon = strchr(text.at, ':');
+		if (text.len == 0 || text.at[0] == '#')
+			continue;
+		good = colon != NULL && colon != text.at && password_valid(colon + 1);
+		if (good)
+			list_add(&fresh, text);
+		else
+			diag("%s: line %zu: not name:{scheme}hash (see bsmtp passwd)", path, n);
+	}
+	if (f != NULL)
+		(void)fclose(f);
+	if (!good) {
+		list_free(&fresh);
+		return false;
+	}
+	if (!u->made)
+		pthread_mutex_init(&u->lock, NULL);
+	u->made = true;
+	pthread_mutex_lock(&u->lock);
+	list_free(&u->lines);
+	u->lines = fresh;
+	pthread_mutex_unlock(&u->lock);
+	return true;
+}
+
+static void users_free(struct users *u)
+{
+	list_free(&u->lines);
+	if (u->made)
+		pthread_mutex_destroy(&u->lock);
+}
+
+/* The hash of a name's password; of an unknown name some other's, so that both take
+ * the same time. */
+static char *users_find(struct users *u, const char *name, bool *known)
+{
+	char *hash = NULL;
+	size_t n = strlen(name);
+
+	*known = false;
+	pthread_mutex_lock(&u->lock);
+	for (size_t i = 0; i < u->lines.count && !*known; i++) {
+		const char *line = u->lines.items[i];
+		*known = strncmp(line, name, n) == 0 && line[n] == ':';
+		if (i == 0 || *known) {
+			free(hash);
+			hash = copy_slice(slice_of(strchr(line, ':') + 1));
+		}
+	}
+	pthread_mutex_unlock(&u->lock);
+	return hash;
+}
+
+/* The verifier's work: a hash takes some 50 ms, which nobody else shall wait for. */
+static void verify(void *context, struct job *group)
+{
+	struct users *u = context;
+
+	for (struct job *job = group; job != NULL; job = job->next) {
+		struct claim *c = (struct claim *)(void *)job;
+		bool known;
+		char *hash = users_find(u, c->name, &known);
+		c->good = hash != NULL && password_matches(hash, c->secret, c->secret_len) && known;
+		free(hash);
+	}
+}
+
 struct listener {
 	struct store store;
-	struct committer committer;
+	struct worker committer;
+	struct worker verifier;         /* of passwords, whose hashes take their time */
+	struct users users;
+	struct tls_context *tls;
 	struct bsmtp_server_config config;
 	struct pollfd *polls;
 	size_t poll_room;
@@ -7361,12 +8807,17 @@ static volatile sig_atomic_t signal_fd = -1;
 
 static void on_signal(int number)
 {
+	char octet = (char)number;
 	int saved = errno;
 
-	(void)number;
-	(void)!write(signal_fd, "", 1);
+	(void)!write(signal_fd, &octet, 1);
 	errno = saved;
 }
+
+static bool session_flush(struct session *s);
+static size_t session_work(struct session *s, const char *in, size_t len);
+static void session_secure(struct session *s);
+static void claim_new(struct session *s, const struct bsmtp_server_event *e);
 
 static bool is_open(const struct session *s)
 {
@@ -7395,7 +8846,8 @@ static void report_stored(struct session *s, struct delivery *d)
 	json_begin(stdout, "message", l->start_us);
 	printf(",\"n\":%llu", (unsigned long long)l->stored);
 	json_key(stdout, "peer", slice_of(d->peer));
-	printf(",\"protocol\":\"%s\",\"tls\":null", d->protocol);
+	printf(",\"protocol\":\"%s\"", d->protocol);
+	json_version(stdout, &s->link);
 	json_key(stdout, "helo", slice_of(d->helo));
 	json_key(stdout, "from", slice_of(d->from));
 	fputs(",\"to\":[", stdout);
@@ -7465,7 +8917,7 @@ static void message_whole(struct session *s, uint64_t ticket)
 	}
 	s->pending++;
 	l->pending++;
-	committer_give(&l->committer, d);
+	worker_give(&l->committer, &d->job);
 	enough(l);
 }
 
@@ -7496,6 +8948,9 @@ static void session_gone(struct session *s)
 	bsmtp_server_eof(&s->server, &e);
 	delivery_forget(&s->listener->store, s->current);
 	s->current = NULL;
+	if (s->claim != NULL)
+		s->claim->session = NULL;
+	s->claim = NULL;
 	link_close(&s->link);
 	s->listener->session_count--;
 	s->listener->first_ended = true;
@@ -7516,6 +8971,80 @@ static void session_gone(struct session *s)
 	}
 }
 
+/* ---- sessions: TLS ---- */
+
+/* What is known of the peer: who is on the list, or has shown a certificate. */
+static unsigned peer_flags(const struct session *s)
+{
+	bool certified = options.client_ca != NULL && link_peer_certified(&s->link);
+
+	return (s->listed || certified ? BSMTP_PEER_ALLOWED : 0u) |
+	    (options.client_ca != NULL || options.users != NULL ? BSMTP_PEER_GUEST : 0u) |
+	    (s->local ? BSMTP_PEER_LOCAL : 0u);
+}
+
+/* One step of the handshake.  Under TLS from the first octet the greeting follows it. */
+static void session_shake(struct session *s)
+{
+	bool implicit = bsmtp_server_hello(&s->server) == BSMTP_VERB_CONNECT && !s->securing;
+	ssize_t n = link_handshake(&s->link);
+
+	if (n == LINK_AGAIN)
+		return;
+	if (n == LINK_FAILED) {
+		trace_note(&s->trace, "TLS: %s", link_tls_why(&s->link));
+		session_gone(s);
+		return;
+	}
+	s->shaking = s->securing = false;
+	s->trace.tls = true;
+	trace_note(&s->trace, "%s", or_empty(link_version(&s->link)));
+	if (implicit)
+		bsmtp_server_init(&s->server, &s->listener->config, peer_flags(s) | BSMTP_PEER_TLS,
+		    s->few, COUNT(s->few));
+	else
+		bsmtp_server_secured(&s->server, peer_flags(s));
+	s->server.tap_context = &s->trace;
+	(void)session_work(s, "", 0);
+	(void)session_flush(s);
+}
+
+static void session_accept_tls(struct session *s, struct bsmtp_slice held)
+{
+	bool may = s->listed && s->listener->config.opening == BSMTP_OPENING_ACCEPT;
+
+	s->shaking = true;
+	if (link_accept_tls(&s->link, s->listener->tls, held, may))
+		session_shake(s);
+	else
+		session_gone(s);
+}
+
+/* The reply that TLS follows is sent.  What came behind BSMTP's opening is TLS; behind
+ * STARTTLS there can be nothing yet, so that what there is was slipped in. */
+static void session_secure(struct session *s)
+{
+	char *held = grow(NULL, s->delayed + 1);
+	size_t len = 0;
+
+	while (s->first != NULL) {
+		struct arrival *a = s->first;
+		memcpy(held + len, a->data + a->used, a->len - a->used);
+		len += a->len - a->used;
+		s->first = a->next;
+		free(a);
+	}
+	s->last = &s->first;
+	s->delayed = 0;
+	if (len > 0 && !s->opened_so) {
+		diag("%s: octets behind STARTTLS: somebody is in between", s->peer);
+		session_gone(s);
+	} else {
+		session_accept_tls(s, slice(held, len));
+	}
+	free(held);
+}
+
 /* Half-closes, so that the replies arrive, and reads on a while: closing with
  * octets unread would reset the connection and destroy them. */
 static void linger(struct session *s)
@@ -7530,7 +9059,7 @@ static bool session_flush(struct session *s)
 {
 	struct listener *l = s->listener;
 
-	while (is_open(s) && !s->lingering) {
+	while (is_open(s) && !s->lingering && !s->shaking) {
 		bool closed = false;
 		const char *out = s->out != NULL ? s->out + s->out_sent : l->out;
 		size_t len = s->out != NULL ? s->out_len - s->out_sent :
@@ -7564,6 +9093,8 @@ static bool session_flush(struct session *s)
 		if (len == 0) {
 			if (s->ending && bsmtp_server_owed(&s->server) == 0)
 				linger(s);
+			else if (s->securing && bsmtp_server_owed(&s->server) == 0)
+				session_secure(s);
 			break;
 		}
 	}
@@ -7606,6 +9137,13 @@ static void on_server_event(struct session *s, struct bsmtp_server_event *e)
 		delivery_forget(&l->store, s->current);
 		s->current = NULL;
 		break;
+	case BSMTP_SERVER_STARTTLS:
+		s->securing = true;
+		s->opened_so = e->number == 1;
+		break;
+	case BSMTP_SERVER_AUTH:
+		claim_new(s, e);
+		break;
 	case BSMTP_SERVER_DELAY:
 		s->resume_us = now_us() + (int64_t)e->number * 1000;
 		break;
@@ -7617,7 +9155,8 @@ static void on_server_event(struct session *s, struct bsmtp_server_event *e)
 
 static bool may_work(const struct session *s)
 {
-	return is_open(s) && !s->ending && s->resume_us == 0 &&
+	return is_open(s) && !s->ending && !s->securing && !s->shaking && s->resume_us == 0 &&
+	    s->claim == NULL && s->verdict_us == 0 &&
 	    s->listener->pending < s->listener->group_max && (options.cut_messages == 0 ||
 	    s->messages + s->pending < options.cut_messages);
 }
@@ -7701,6 +9240,11 @@ static void session_read(struct session *s)
 	size_t most = sizeof l->in, used = 0;
 	ssize_t n;
 
+	if (s->shaking) {
+		s->progress_us = now_us();
+		session_shake(s);
+		return;
+	}
 	if (options.cut_octets > 0)
 		most = options.cut_octets - s->received < most ?
 		    (size_t)(options.cut_octets - s->received) : most;
@@ -7736,6 +9280,53 @@ static void session_read(struct session *s)
 		session_gone(s);
 }
 
+/* ---- who it is ---- */
+
+enum { FAILED_US = 2000000 };   /* how long a refusal is kept back */
+
+static void claim_new(struct session *s, const struct bsmtp_server_event *e)
+{
+	struct claim *c = grow(NULL, sizeof *c);
+
+	memset(c, 0, sizeof *c);
+	c->session = s;
+	c->ticket = e->ticket;
+	c->name = copy_slice(e->text);
+	c->secret = copy_slice(e->secret);
+	c->secret_len = e->secret.len;
+	s->claim = c;
+	worker_give(&s->listener->verifier, &c->job);
+}
+
+static void claim_free(struct claim *c)
+{
+	wipe(c->secret, c->secret_len);
+	free(c->secret);
+	free(c->name);
+	free(c);
+}
+
+/* A refusal is told after a while, and keeps nobody else waiting. */
+static void take_verdicts(struct listener *l)
+{
+	struct job *job = l->verifier.started ? worker_take(&l->verifier) : NULL, *next;
+
+	for (; job != NULL; job = next) {
+		struct claim *c = (struct claim *)(void *)job;
+		struct session *s = c->session;
+		next = job->next;
+		if (s != NULL) {
+			s->claim = NULL;
+			s->verdict = c->good ? BSMTP_ANSWER_STORED : BSMTP_ANSWER_AUTH_FAILED;
+			s->verdict_ticket = c->ticket;
+			s->verdict_us = now_us() + (c->good ? 0 : FAILED_US);
+			if (!c->good)
+				diag("%s: not accepted: the user %s", s->peer, c->name);
+		}
+		claim_free(c);
+	}
+}
+
 /* ---- accepting ---- */
 
 static void map_host(const struct sockaddr *sa, unsigned char host[16])
@@ -7757,15 +9348,17 @@ static bool in_cidr(const struct cidr *c, const unsigned char host[16])
 	return true;
 }
 
-/* Prearrangement: local sockets, loopback, and who was named. */
+/* Prearrangement: local sockets, and who was named: by address, else by certificate
+ * or password later, else loopback. */
 static bool is_allowed(const struct sockaddr *sa, const unsigned char host[16])
 {
 	static const struct cidr loopback[] = {
 		{ { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF, 127 }, 104 },
 		{ { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1 }, 128 },
 	};
-	const struct cidr *list = options.allow_count > 0 ? options.allow : loopback;
-	size_t count = options.allow_count > 0 ? options.allow_count : COUNT(loopback);
+	bool named = options.allow_count > 0 || options.client_ca != NULL || options.users != NULL;
+	const struct cidr *list = named ? options.allow : loopback;
+	size_t count = named ? options.allow_count : COUNT(loopback);
 
 	if (sa->sa_family == AF_UNIX)
 		return true;
@@ -7803,7 +9396,9 @@ static void session_new(struct listener *l, struct link link, const struct socka
 	s->trace.start_us = l->start_us;
 	s->trace.server = true;
 	snprintf(s->trace.who, sizeof s->trace.who, "%.90s ", s->peer);
-	bsmtp_server_init(&s->server, &l->config, is_allowed(sa, s->host), s->few, COUNT(s->few));
+	s->local = sa->sa_family == AF_UNIX;
+	s->listed = is_allowed(sa, s->host);
+	bsmtp_server_init(&s->server, &l->config, peer_flags(s), s->few, COUNT(s->few));
 	s->server.tap_context = &s->trace;
 	if (l->session_count >= options.max_connections || (options.max_per_peer > 0 &&
 	    sessions_of(l, s->host) >= options.max_per_peer)) {
@@ -7814,7 +9409,9 @@ static void session_new(struct listener *l, struct link link, const struct socka
 	l->sessions = s;
 	l->session_count++;
 	trace_note(&s->trace, "connected");
-	if (!s->ending && options.latency_ms > 0)
+	if (!s->ending && options.tls)
+		session_accept_tls(s, slice("", 0));
+	else if (!s->ending && options.latency_ms > 0)
 		keep_arrival(s, "", 0, s->start_us + (int64_t)options.latency_ms * 1000, false);
 	else
 		(void)session_work(s, "", 0);
@@ -7838,7 +9435,7 @@ static void accept_all(struct listener *l, int socket)
 		if (!set_flags(fd) || l->session_count >= options.max_connections + (l->group_max < GROUP_MAX ? 1 : OVERFLOW_MAX))
 			close(fd);
 		else
-			session_new(l, (struct link){ fd, fd }, (struct sockaddr *)(void *)&peer, len);
+			session_new(l, (struct link){ fd, fd, NULL }, (struct sockaddr *)(void *)&peer, len);
 	}
 }
 
@@ -7858,7 +9455,7 @@ static void session_on_stdio(struct listener *l)
 		l->stdio_flags[fd] = fcntl(fd, F_GETFL);
 		(void)set_flags(fd);
 	}
-	session_new(l, (struct link){ dup(STDIN_FILENO), dup(STDOUT_FILENO) },
+	session_new(l, (struct link){ dup(STDIN_FILENO), dup(STDOUT_FILENO), NULL },
 	    (struct sockaddr *)(void *)&peer, len);
 }
 
@@ -7870,6 +9467,12 @@ static void restore_stdio(const struct listener *l)
 }
 
 /* ---- the addresses ---- */
+
+/* Whether it is said who may speak. */
+static bool is_arranged(void)
+{
+	return options.allow_count > 0 || options.client_ca != NULL || options.users != NULL;
+}
 
 static bool is_wide(const struct sockaddr *sa)
 {
@@ -7943,8 +9546,8 @@ static int listen_address(struct listener *l, const char *text)
 		return EX_NOHOST;
 	}
 	for (struct addrinfo *i = found; i != NULL; i = i->ai_next) {
-		if (is_wide(i->ai_addr) && options.allow_count == 0) {
-			diag("%s: beyond this host BSMTP is by prearrangement: give --allow CIDR", text);
+		if (is_wide(i->ai_addr) && !is_arranged()) {
+			diag("%s: beyond this host BSMTP is by prearrangement: give --allow CIDR or --client-ca", text);
 			freeaddrinfo(found);
 			return EX_USAGE;
 		}
@@ -7978,8 +9581,8 @@ static int adopt_sockets(struct listener *l)
 			diag("LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
 			return EX_UNAVAILABLE;
 		}
-		if (is_wide((struct sockaddr *)(void *)&sa) && options.allow_count == 0) {
-			diag("LISTEN_FDS: beyond this host BSMTP is by prearrangement: give --allow CIDR");
+		if (is_wide((struct sockaddr *)(void *)&sa) && !is_arranged()) {
+			diag("LISTEN_FDS: beyond this host BSMTP is by prearrangement: give --allow CIDR or --client-ca");
 			return EX_USAGE;
 		}
 		l->sockets[l->socket_count++] = fd;
@@ -8069,6 +9672,10 @@ static void session_stop(struct session *s, enum bsmtp_answer answer)
 
 	if (!is_open(s) || s->ending)
 		return;
+	if (s->shaking || s->securing) {
+		session_gone(s);
+		return;
+	}
 	bsmtp_server_stop(&s->server, answer, &e);
 	on_server_event(s, &e);
 	s->ending = true;
@@ -8091,13 +9698,22 @@ static void session_time(struct session *s, int64_t now)
 			session_gone(s);
 		return;
 	}
+	if (s->verdict_us != 0 && now >= s->verdict_us) {
+		s->verdict_us = 0;
+		bsmtp_server_settle(&s->server, s->verdict_ticket, s->verdict);
+		(void)session_work(s, "", 0);
+		if (!is_open(s))
+			return;
+	}
+	if (s->claim != NULL || s->verdict_us != 0)
+		s->progress_us = now;
 	if (s->pending > 0 || s->first != NULL || s->resume_us != 0)
 		s->progress_us = s->out != NULL ? s->progress_us : now;
 	if (s->listener->stop_us != 0 && silence > 2000000)
 		silence = 2000000;
 	if (now - s->progress_us < silence)
 		return;
-	if (s->out != NULL || s->ending)
+	if (s->out != NULL || s->ending || s->shaking || s->securing)
 		session_gone(s);
 	else
 		session_stop(s, s->listener->stop_us != 0 ? BSMTP_ANSWER_STOPPING :
@@ -8124,9 +9740,9 @@ static void session_serve(struct session *s, int64_t now)
 /* Whether octets of the peer are wanted now. */
 static bool wants_input(const struct session *s)
 {
-	if (s->lingering)
+	if (s->lingering || s->shaking)
 		return true;
-	if (s->ending || s->eof || s->out != NULL || s->listener->pending >= s->listener->group_max)
+	if (s->securing || s->ending || s->eof || s->out != NULL || s->listener->pending >= s->listener->group_max)
 		return false;
 	return options.latency_ms > 0 ? s->delayed < DELAY_LINE_MAX :
 	    s->first == NULL && s->resume_us == 0;
@@ -8141,6 +9757,10 @@ static int64_t session_alarm(const struct session *s)
 
 	if (s->resume_us != 0 && s->resume_us < at)
 		at = s->resume_us;
+	if (s->verdict_us != 0 && s->verdict_us < at)
+		at = s->verdict_us;
+	if (link_pending(&s->link) && wants_input(s))
+		at = 0;
 	if (s->first != NULL && may_work(s) && !s->blocked && s->first->due_us < at && !s->lingering)
 		at = s->first->due_us;
 	return at;
@@ -8164,10 +9784,11 @@ static void reap(struct listener *l)
 
 static void take_committed(struct listener *l)
 {
-	struct delivery *d = committer_take(&l->committer), *next;
+	struct job *job = worker_take(&l->committer), *next;
 
-	for (; d != NULL; d = next) {
-		next = d->next;
+	for (; job != NULL; job = next) {
+		struct delivery *d = (struct delivery *)(void *)job;
+		next = job->next;
 		d->session->pending--;
 		l->pending--;
 		delivered(d);
@@ -8179,8 +9800,7 @@ static size_t poll_session(const struct session *s, struct pollfd *p)
 {
 	bool one = s->link.in == s->link.out;
 
-	p[0] = (struct pollfd){ s->link.in, (short)((wants_input(s) ? POLLIN : 0) |
-	    (one && s->out != NULL ? POLLOUT : 0)), 0 };
+	p[0] = (struct pollfd){ s->link.in, link_events(&s->link, wants_input(s), one && s->out != NULL), 0 };
 	if (p[0].events == 0)           /* else a hang-up would wake us for ever */
 		p[0].fd = -1;
 	if (!one)
@@ -8195,7 +9815,7 @@ static int64_t deadline_us(const struct listener *l)
 
 static void wait_for_events(struct listener *l)
 {
-	size_t fixed = 2 + l->socket_count, n = fixed;
+	size_t fixed = 3 + l->socket_count, n = fixed;
 	int64_t now = now_us(), alarm = now + 3600000000;
 	struct pollfd *p;
 
@@ -8206,8 +9826,9 @@ static void wait_for_events(struct listener *l)
 	p = l->polls;
 	p[0] = (struct pollfd){ l->signal_pipe[0], POLLIN, 0 };
 	p[1] = (struct pollfd){ l->committer.signal[0], POLLIN, 0 };
+	p[2] = (struct pollfd){ l->verifier.started ? l->verifier.signal[0] : -1, POLLIN, 0 };
 	for (size_t i = 0; i < l->socket_count; i++)
-		p[2 + i] = (struct pollfd){ l->accept_failed ? -1 : l->sockets[i], POLLIN, 0 };
+		p[3 + i] = (struct pollfd){ l->accept_failed ? -1 : l->sockets[i], POLLIN, 0 };
 	for (struct session *s = l->sessions; s != NULL; s = s->next) {
 		int64_t at;
 		if (!is_open(s))
@@ -8227,6 +9848,19 @@ static void wait_for_events(struct listener *l)
 	l->accept_failed = false;
 }
 
+/* Certificates and accounts are read again; what cannot be read leaves the old ones. */
+static void reload(struct listener *l)
+{
+	struct tls_context *fresh = l->tls != NULL && options.cert != NULL ? tls_server_context() : NULL;
+
+	if (fresh != NULL) {
+		tls_context_free(l->tls);
+		l->tls = fresh;
+	}
+	if (options.users != NULL)
+		(void)users_read(&l->users, options.users);
+}
+
 static void stop_sessions(struct listener *l)
 {
 	stop_listening(l);
@@ -8240,6 +9874,10 @@ static void on_stop_signals(struct listener *l)
 	ssize_t n = read(l->signal_pipe[0], octets, sizeof octets);
 
 	for (ssize_t i = 0; i < n; i++) {
+		if (octets[i] == SIGHUP) {
+			reload(l);
+			continue;
+		}
 		l->at_once = l->stopping;
 		l->stopping = true;
 	}
@@ -8255,9 +9893,13 @@ static void one_round(struct listener *l)
 
 	wait_for_events(l);
 	take_committed(l);
+	take_verdicts(l);
 	for (struct session *s = l->sessions; s != NULL; s = s->next) {
 		int got = is_open(s) ? l->polls[s->poll_at].revents : 0;
-		if ((got & (POLLIN | POLLHUP | POLLERR)) != 0 && wants_input(s))
+		/* TLS may have to write before it can read, and may hold octets back. */
+		if (s->link.tls != NULL && (got != 0 || link_pending(&s->link)) && wants_input(s))
+			session_read(s);
+		else if ((got & (POLLIN | POLLHUP | POLLERR)) != 0 && wants_input(s))
 			session_read(s);
 		else if ((got & (POLLHUP | POLLERR)) != 0)      /* nobody reads the replies */
 			session_gone(s);
@@ -8267,7 +9909,7 @@ static void one_round(struct listener *l)
 		if (is_open(s))
 			session_serve(s, now);
 	for (size_t i = 0; i < sockets; i++)
-		if (l->polls[2 + i].revents & POLLIN)
+		if (l->polls[3 + i].revents & POLLIN)
 			accept_all(l, l->sockets[i]);
 	if (l->polls[0].revents & POLLIN)
 		on_stop_signals(l);
@@ -8362,7 +10004,8 @@ static bool catch_signals(struct listener *l)
 	signal_fd = l->signal_pipe[1];
 	act.sa_handler = on_signal;
 	act.sa_flags = SA_RESTART;      /* half a line of JSON would be lost */
-	return sigaction(SIGTERM, &act, NULL) == 0 && sigaction(SIGINT, &act, NULL) == 0;
+	return sigaction(SIGTERM, &act, NULL) == 0 && sigaction(SIGINT, &act, NULL) == 0 &&
+	    ((l->tls == NULL && options.users == NULL) || sigaction(SIGHUP, &act, NULL) == 0);
 }
 
 static void listener_free(struct listener *l)
@@ -8375,13 +10018,30 @@ static void listener_free(struct listener *l)
 		if (l->sessions != NULL)
 			(void)poll(&(struct pollfd){ l->committer.signal[0], POLLIN, 0 }, 1, 1000);
 	}
-	if (l->committer.started)
-		committer_stop(&l->committer);
+	worker_stop(&l->committer);
+	worker_stop(&l->verifier);
+	users_free(&l->users);
+	tls_context_free(l->tls);
 	stop_listening(l);
 	list_free(&l->unlink_paths);
 	free(l->polls);
 	store_close(&l->store);
 	free(l);
+}
+
+/* TLS where it is asked for; a certificate that was made is told by its pin. */
+static int prepare_tls(struct listener *l)
+{
+	if (options.users != NULL && !users_read(&l->users, options.users))
+		return EX_NOINPUT;
+	if (!options.tls && !options.starttls)
+		return EX_OK;
+	l->tls = tls_server_context();
+	if (l->tls == NULL)
+		return EX_NOINPUT;
+	if (l->tls->own_pin[0] != '\0')
+		diag("a certificate was made for this run: --pin sha256:%s", l->tls->own_pin);
+	return EX_OK;
 }
 
 static int listen_main(void)
@@ -8399,13 +10059,20 @@ static int listen_main(void)
 		.keywords = options.keywords,
 		.opening = (enum bsmtp_opening)options.opening,
 		.no_smtp = options.no_smtp,
+		.starttls = options.starttls,
+		.require_tls = options.require_tls,
+		.auth = options.users != NULL,
 		.normalize = options.normalize,
 		.faults = options.faults,
 		.fault_count = options.fault_count,
 		.tap = options.trace ? trace_tap : NULL,
 	};
 	raise_limits(l);
-	if (!catch_signals(l) || !committer_start(&l->committer, &l->store)) {
+	status = prepare_tls(l);
+	if (status != EX_OK) {
+		;
+	} else if (!catch_signals(l) || !worker_start(&l->committer, commit, &l->store) ||
+	    (options.users != NULL && !worker_start(&l->verifier, verify, &l->users))) {
 		diag("%s", strerror(errno));
 		status = EX_OSERR;
 	} else {
@@ -8804,6 +10471,13 @@ static const struct option_row option_rows[] = {
 	{ SEND, '6', "ipv6", NULL, "use IPv6 only", parse_ipv6, &options.family },
 	{ SEND, 'o', "output", "FILE", "write a batch (RFC 2442) instead; no network", parse_text, &options.output },
 	{ SEND, 0, "progress", "auto|always|never", "show it on standard error (auto)", parse_progress, &options.progress },
+	{ SEND, 0, "tls-name", "NAME", "whom the server's certificate must be for (the host)", parse_text, &options.tls_name },
+	{ SEND, 0, "ca", "FILE", "certificates of authorities (the system's)", parse_text, &options.ca },
+	{ SEND, 0, "pin", "PIN", "sha256:HEX, the server's certificate instead of an authority", parse_text, &options.pin },
+	{ SEND, 0, "insecure", NULL, "take any certificate", parse_flag, &options.insecure },
+	{ SEND, 0, "tickets", "FILE", "keep TLS tickets there, and resume", parse_text, &options.tickets },
+	{ SEND, 0, "user", "NAME", "who to authenticate as", parse_text, &options.user },
+	{ SEND, 0, "password-file", "FILE", "its first line is the password", parse_text, &options.password_file },
 	{ SEND, 0, "stop-after", "N", "give up after N refused messages", parse_positive, &options.stop_after },
 	{ SEND, 0, "keep-going", NULL, "never give up for refusals (the default)", parse_keep_going, &options.stop_after },
 	{ LISTEN, 'd', "maildir", "DIR", "store in a Maildir (./received)", parse_maildir, NULL },
@@ -8813,6 +10487,9 @@ static const struct option_row option_rows[] = {
 	{ LISTEN, 0, "exec", "CMD", "run CMD for each message", parse_exec, NULL },
 	{ LISTEN, 0, "discard", NULL, "store nothing", parse_discard, NULL },
 	{ LISTEN, 0, "allow", "CIDR", "who may speak; repeatable (loopback)", parse_cidr, NULL },
+	{ LISTEN, 0, "client-ca", "FILE", "who has a certificate of these authorities may speak", parse_text, &options.client_ca },
+	{ LISTEN, 0, "users", "FILE", "accounts, made by bsmtp passwd; MAIL needs one then", parse_text, &options.users },
+	{ LISTEN, 0, "require-tls", NULL, "nothing is taken in the clear", parse_flag, &options.require_tls },
 	{ LISTEN, 0, "smtp", "allow|deny", "EHLO and HELO sessions (allow)", parse_smtp, &options.no_smtp },
 	{ LISTEN, 0, "hostname", "NAME", "who to say we are (this host)", parse_domain, &options.hostname },
 	{ LISTEN, 0, "max-size", "SIZE", "octets of a message (64m)", parse_size, &options.max_size },
@@ -8830,6 +10507,10 @@ static const struct option_row option_rows[] = {
 	{ LISTEN, 0, "latency", "TIME", "act on what arrives so much later", parse_time, &options.latency_ms },
 	{ LISTEN, 0, "cut-after", "N", "drop the connection after N octets, or messages:N", parse_cut, NULL },
 	{ LISTEN, 0, "keywords", "LIST", "offer only these EHLO keywords", parse_keywords, &options.keywords },
+	{ BOTH, 0, "tls", NULL, "TLS from the first octet", parse_flag, &options.tls },
+	{ BOTH, 0, "starttls", NULL, "TLS begun by the opening, or by STARTTLS", parse_flag, &options.starttls },
+	{ BOTH, 0, "cert", "FILE", "our certificate, with its chain (PEM)", parse_text, &options.cert },
+	{ BOTH, 0, "key", "FILE", "its key (in the same file)", parse_text, &options.key },
 	{ BOTH, 0, "timeout", "TIME", "silence allowed (5m)", parse_time, &options.timeout_ms },
 	{ BOTH, 0, "json", NULL, "one JSON object a line on standard output", parse_flag, &options.json },
 	{ BOTH, 'v', "trace", NULL, "the annotated transcript on standard error", parse_flag, &options.trace },
@@ -8948,17 +10629,84 @@ static int read_options(enum program program, int argc, char **argv)
 	return status;
 }
 
+/* The first line of a file. */
+static char *read_secret(const char *path)
+{
+	FILE *f = fopen(path, "r");
+	char line[256] = "";
+	char *secret = NULL;
+
+	if (f == NULL || fgets(line, sizeof line, f) == NULL)
+		diag("%s: %s", path, f == NULL ? strerror(errno) : "it is empty");
+	else
+		secret = copy_slice(slice(line, strcspn(line, "\r\n")));
+	if (f != NULL)
+		(void)fclose(f);
+	wipe(line, sizeof line);
+	return secret;
+}
+
+/* What both sides have of TLS: options that need one another, or exclude. */
+static int check_tls(void)
+{
+	bool tls = options.tls || options.starttls;
+	const char *wrong = NULL;
+
+#ifdef BSMTP_NO_TLS
+	if (tls || options.users != NULL || options.user != NULL)
+		wrong = "this bsmtp was built without TLS";
+#endif
+	if (options.tls && options.starttls)
+		wrong = "--tls and --starttls: it is one or the other";
+	else if (!tls && (options.cert != NULL || options.client_ca != NULL || options.pin != NULL ||
+	    options.tickets != NULL || options.ca != NULL || options.insecure || options.require_tls ||
+	    options.tls_name != NULL))
+		wrong = "without --tls or --starttls there are no certificates to speak of";
+	else if (options.key != NULL && options.cert == NULL)
+		wrong = "--key: whose? give --cert too";
+	else if (options.pin != NULL && !is_pin(options.pin))
+		wrong = "--pin: sha256: and 64 hexadecimal digits are needed";
+	if (wrong == NULL)
+		return EX_OK;
+	diag("%s", wrong);
+	return EX_USAGE;
+}
+
+/* A name needs its password, and a way that nobody listens in on. */
+static int check_user(void)
+{
+	struct address a;
+	bool local = options.connect_command != NULL || (parse_address(&a, options.server) && a.local);
+
+	if (options.insecure)
+		diag("--insecure: whoever answers will be believed");
+	if (options.user == NULL)
+		return EX_OK;
+	if (!options.tls && !options.starttls && !local) {
+		diag("--user: a password goes over TLS or a local socket only");
+		return EX_USAGE;
+	}
+	if (options.password_file == NULL) {
+		diag("--user: give its --password-file too");
+		return EX_USAGE;
+	}
+	options.password = read_secret(options.password_file);
+	return options.password == NULL ? EX_NOINPUT : EX_OK;
+}
+
 static int check_listen(void)
 {
 	if (options.stdio && (options.operands.count > 0 || options.json)) {
 		diag("--stdio: standard input and output are the session: no address, no --json");
 		return EX_USAGE;
 	}
-	return EX_OK;
+	return check_tls();
 }
 
 static int check_send(void)
 {
+	int status = check_tls();
+
 	bool enveloped = options.format == FORMAT_AUTO || options.format == FORMAT_BATCH;
 
 	if (options.output != NULL && strcmp(options.output, "-") == 0 && options.json) {
@@ -8971,7 +10719,7 @@ static int check_send(void)
 		diag("no recipients: give --to ADDR, or -t to take them from the header");
 		return EX_USAGE;
 	}
-	return EX_OK;
+	return status == EX_OK ? check_user() : status;
 }
 
 /* ---- completion ---- */
@@ -9021,7 +10769,7 @@ static void complete_bash(const char *name)
 	    "\tlocal cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}\n"
 	    "\tlocal verb=${COMP_WORDS[1]} words=\n"
 	    "\tif [[ $COMP_CWORD -eq 1 ]]; then\n"
-	    "\t\twords='send listen version completion'\n"
+	    "\t\twords='send listen version passwd completion'\n"
 	    "\telif [[ $cur == -* ]]; then\n"
 	    "\t\tcase $verb in");
 	fputs("\t\tsend) words='", stdout);
@@ -9058,7 +10806,7 @@ static void complete_zsh(const char *name)
 {
 	printf("#compdef %s\n_bsmtp() {\n\tlocal verb=$words[2]\n"
 	    "\tif (( CURRENT == 2 )); then\n"
-	    "\t\tcompadd send listen version completion\n\t\treturn\n\tfi\n"
+	    "\t\tcompadd send listen version passwd completion\n\t\treturn\n\tfi\n"
 	    "\tshift words\n\t(( CURRENT-- ))\n\tcase $verb in\n\tsend) _arguments \\\n", name);
 	each_option(SEND, "send", zsh_option);
 	puts("\t\t'*:file:_files' ;;\n\tlisten) _arguments \\");
@@ -9088,7 +10836,7 @@ static void fish_option(const struct option_row *row, const char *verb)
 static void complete_fish(const char *name)
 {
 	fish_name = name;
-	printf("complete -c %s -n __fish_use_subcommand -f -a 'send listen version completion'\n"
+	printf("complete -c %s -n __fish_use_subcommand -f -a 'send listen version passwd completion'\n"
 	    "complete -c %s -n '__fish_seen_subcommand_from completion' -f -a 'bash zsh fish'\n", name,
 	    name);
 	each_option(SEND, "send", fish_option);
@@ -9110,6 +10858,54 @@ static int completion(int argc, char **argv)
 		}
 	diag("completion needs a shell: bash, zsh or fish");
 	return EX_USAGE;
+}
+
+/* ---- passwd ---- */
+
+/* A line from the terminal without its echo, or from a pipe. */
+static bool ask_secret(char *line, size_t size)
+{
+	struct termios before, mute;
+	bool terminal = tcgetattr(STDIN_FILENO, &before) == 0;
+	bool got;
+
+	if (terminal) {
+		fputs("Password: ", stderr);
+		mute = before;
+		mute.c_lflag &= ~(tcflag_t)ECHO;
+		(void)tcsetattr(STDIN_FILENO, TCSAFLUSH, &mute);
+	}
+	got = fgets(line, (int)size, stdin) != NULL;
+	if (terminal) {
+		(void)tcsetattr(STDIN_FILENO, TCSAFLUSH, &before);
+		fputc('\n', stderr);
+	}
+	line[got ? strcspn(line, "\r\n") : 0] = '\0';
+	return got && *line != '\0';
+}
+
+/* `bsmtp passwd NAME`: a line for the accounts of listen --users. */
+static int passwd(int argc, char **argv)
+{
+	char secret[256], hash[256];
+	bool good;
+
+	if (argc != 3 || *argv[2] == '\0' || strpbrk(argv[2], ":\r\n") != NULL) {
+		diag("passwd needs a name, without colon");
+		return EX_USAGE;
+	}
+	if (!ask_secret(secret, sizeof secret)) {
+		diag("passwd: no password was given");
+		return EX_NOINPUT;
+	}
+	good = password_make(hash, sizeof hash, secret, strlen(secret));
+	wipe(secret, sizeof secret);
+	if (!good) {
+		diag("passwd: no hash could be made");
+		return EX_SOFTWARE;
+	}
+	printf("%s:%s\n", argv[2], hash);
+	return DONE;
 }
 
 /* ---- sendmail's ---- */
@@ -9251,6 +11047,19 @@ static void free_options(void)
 	free(options.helo);
 	free(options.output);
 	free(options.peers);
+	free(options.cert);
+	free(options.key);
+	free(options.ca);
+	free(options.client_ca);
+	free(options.pin);
+	free(options.tls_name);
+	free(options.tickets);
+	free(options.user);
+	free(options.password_file);
+	if (options.password != NULL)
+		wipe(options.password, strlen(options.password));
+	free(options.password);
+	free(options.users);
 	free(options.parameters);
 	free(options.rcpt_parameters);
 	free(options.store_path);
@@ -9265,6 +11074,7 @@ static const char short_usage[] =
     "usage: bsmtp send [options] [file ...]\n"
     "       bsmtp listen [options] [address ...]\n"
     "       bsmtp version\n"
+    "       bsmtp passwd name\n"
     "       bsmtp completion bash|zsh|fish [name]\n"
     "bsmtp send --help and bsmtp listen --help list the options.\n";
 
@@ -9284,6 +11094,8 @@ static int read_arguments(int argc, char **argv, enum program *which)
 	}
 	if (strcmp(verb, "completion") == 0)
 		return completion(argc, argv);
+	if (strcmp(verb, "passwd") == 0)
+		return passwd(argc, argv);
 	if (strcmp(verb, "help") == 0 || strcmp(verb, "--help") == 0 || strcmp(verb, "-h") == 0) {
 		fputs(short_usage, stdout);
 		return DONE;

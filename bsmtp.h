@@ -297,8 +297,10 @@ enum bsmtp_keyword {            /* service extensions, as bits */
 	BSMTP_KEY_ENHANCEDSTATUSCODES = 1 << 5,
 	BSMTP_KEY_SIZE = 1 << 6,
 	BSMTP_KEY_LIMITS = 1 << 7,      /* RFC 9422 */
-	BSMTP_KEYS_ALL = (1 << 8) - 1,  /* those that a server here can offer */
-	BSMTP_KEY_DSN = 1 << 8          /* RFC 3461: the client passes parameters on */
+	BSMTP_KEY_STARTTLS = 1 << 8,
+	BSMTP_KEY_AUTH = 1 << 9,        /* RFC 4954: PLAIN and LOGIN */
+	BSMTP_KEYS_ALL = (1 << 10) - 1, /* those that a server here can offer */
+	BSMTP_KEY_DSN = 1 << 10         /* RFC 3461: the client passes parameters on */
 };
 
 enum bsmtp_error {              /* why a session ended before its time */
@@ -311,6 +313,8 @@ enum bsmtp_error {              /* why a session ended before its time */
 	BSMTP_E_OUT_OF_PLACE,   /* a code that cannot answer that command */
 	BSMTP_E_RUN,            /* BDAT is not known there: a body was run as commands */
 	BSMTP_E_STOPPED,        /* 421, or 221 before QUIT: the server stops */
+	BSMTP_E_NO_TLS,         /* TLS is wanted, and not to be had */
+	BSMTP_E_AUTH,           /* the name or its password is not accepted */
 	BSMTP_E_CLOSED,         /* the connection ended with replies due */
 	BSMTP_ERRORS
 };
@@ -330,6 +334,8 @@ enum bsmtp_verb {               /* commands, and two places named like them */
 	BSMTP_VERB_VRFY,
 	BSMTP_VERB_EXPN,
 	BSMTP_VERB_HELP,
+	BSMTP_VERB_STARTTLS,
+	BSMTP_VERB_AUTH,
 	BSMTP_VERB_QUIT,
 	BSMTP_VERB_FOREIGN,     /* HTTP and kin: not a mail client */
 	BSMTP_VERB_UNKNOWN,
@@ -360,7 +366,9 @@ struct bsmtp_client_config {    /* constant while the engine lives */
 	bool await_greeting;    /* wait for the greeting in any mode */
 	bool no_grace;          /* do not wait for the reply to BSMTP */
 	bool blind;             /* BSMTP and DATA: do not wait for 354 */
+	bool starttls;          /* TLS is begun by the opening, or by STARTTLS */
 	const char *helo;       /* NUL-terminated: Domain or address-literal */
+	const char *user, *password;    /* NUL-terminated, for AUTH; NULL: none */
 	bsmtp_tap *tap;         /* may be NULL */
 	void *tap_context;
 };
@@ -375,6 +383,9 @@ enum bsmtp_want {
 	                         * bsmtp_client_skipped() */
 	BSMTP_WANT_ROOM,        /* octets out must be sent first */
 	BSMTP_WANT_GRACE,       /* a reply, or bsmtp_client_grace_over() */
+	BSMTP_WANT_TLS,         /* octets out sent, the TLS client's first flight;
+	                         * then a reply, in the clear still */
+	BSMTP_WANT_SECURED,     /* the TLS handshake, and bsmtp_client_secured() */
 	BSMTP_WANT_REPLY,       /* a reply */
 	BSMTP_WANT_NOTHING      /* the session is over */
 };
@@ -385,6 +396,7 @@ enum bsmtp_client_event_type {
 	BSMTP_CLIENT_OPENED,    /* the opening was answered 2yz */
 	BSMTP_CLIENT_REFUSED,   /* it was answered otherwise: the client sends no
 	                         * more; `late`: after the stream had begun */
+	BSMTP_CLIENT_SECURE,    /* all that follows the octets used is TLS */
 	BSMTP_CLIENT_RCPT,      /* the reply to RCPT number `rcpt` of the message */
 	BSMTP_CLIENT_MESSAGE,   /* the message's fate; the reply is that which
 	                         * decided it, its code 0 where there was none */
@@ -417,6 +429,9 @@ struct bsmtp_client {           /* complete, to be embedded; fields are private 
 	unsigned char *due;
 	size_t due_size, due_first, due_count;
 	unsigned char state;
+	bool secure;            /* TLS is on */
+	bool auth_plain, auth_login, authed;
+	unsigned char auth_asked;       /* LOGIN's questions so far */
 	bool lockstep;          /* wait after each command */
 	bool opened;            /* the opening was answered 2yz */
 	bool sure;              /* it is known whether the opening was answered */
@@ -499,6 +514,12 @@ size_t bsmtp_client_in(struct bsmtp_client *client, const char *in, size_t len,
 
 void bsmtp_client_grace_over(struct bsmtp_client *client);
 
+/* TLS is established: the client opens again, and nothing said before counts
+ * (RFC 3207 4.2).  `agreed`: the peer has agreed to BSMTP in the handshake, by ALPN.
+ * For TLS from the first octet, call it before anything else: behind
+ * bsmtp_client_init() with a config that has no `starttls`. */
+void bsmtp_client_secured(struct bsmtp_client *client, bool agreed);
+
 /* The server closed, or the caller has given up.  Then
  * bsmtp_client_unsettled() gives an event for each message begun and not yet
  * settled, in order, until it returns false. */
@@ -573,6 +594,8 @@ enum bsmtp_answer {
 	BSMTP_ANSWER_TIMEOUT,           /* 421 4.4.2 */
 	BSMTP_ANSWER_BUSY,              /* 421 4.7.0 too many connections */
 	BSMTP_ANSWER_NOT_ALLOWED,       /* 554 5.7.1 */
+	BSMTP_ANSWER_AUTH_FAILED,       /* 535 5.7.8, of AUTH */
+	BSMTP_ANSWER_AUTH_LATER,        /* 454 4.7.0, of AUTH */
 	BSMTP_ANSWER_INTERNAL           /* the first of the engine's own */
 };
 
@@ -583,6 +606,9 @@ struct bsmtp_server_config {    /* shared by sessions; constant but for `seen` *
 	unsigned keywords;      /* enum bsmtp_keyword bits to offer */
 	enum bsmtp_opening opening;
 	bool no_smtp;           /* EHLO and HELO are refused */
+	bool starttls;          /* STARTTLS is offered, and that of BSMTP taken */
+	bool require_tls;       /* without TLS there is no MAIL, and no BSMTP */
+	bool auth;              /* AUTH is offered, and MAIL needs it */
 	bool stopping;          /* MAIL is answered 421: no new transactions */
 	bool normalize;         /* bare CR and LF are mended, not refused */
 	struct bsmtp_fault *faults;
@@ -599,7 +625,8 @@ struct bsmtp_held {
 
 enum bsmtp_server_event_type {
 	BSMTP_SERVER_MORE,      /* all octets were used */
-	BSMTP_SERVER_FULL,      /* the queue of replies is full: send some first */
+	BSMTP_SERVER_FULL,      /* the queue of replies is full: send some first; or
+	                         * AUTH is not settled yet */
 	BSMTP_SERVER_HELLO,     /* a session was opened: `text` is who it says */
 	BSMTP_SERVER_MAIL,      /* a transaction begins: `text` is the reverse-path */
 	BSMTP_SERVER_RCPT,      /* `text` is a forward-path of it, accepted */
@@ -607,6 +634,14 @@ enum bsmtp_server_event_type {
 	BSMTP_SERVER_MESSAGE,   /* the message is whole: store it, then
 	                         * bsmtp_server_settle() with `ticket` */
 	BSMTP_SERVER_ABORT,     /* there will be no message: forget what there is */
+	BSMTP_SERVER_STARTTLS,  /* send what is owed; all that follows the octets
+	                         * used is TLS: bsmtp_server_secured().  `number` is 1
+	                         * for BSMTP's opening, behind which the client's
+	                         * first flight comes at once; behind STARTTLS there
+	                         * must be none yet */
+	BSMTP_SERVER_AUTH,      /* `text` and `secret` are a name and its password:
+	                         * bsmtp_server_settle() with `ticket`; until then
+	                         * nothing is read */
 	BSMTP_SERVER_DELAY,     /* call again after `number` milliseconds */
 	BSMTP_SERVER_END        /* nothing more is read: send what is owed, close */
 };
@@ -614,6 +649,7 @@ enum bsmtp_server_event_type {
 struct bsmtp_server_event {
 	enum bsmtp_server_event_type type;
 	struct bsmtp_slice text;
+	struct bsmtp_slice secret;
 	uint64_t number;
 	uint64_t ticket;
 	bool utf8;              /* MAIL: with SMTPUTF8 */
@@ -640,7 +676,10 @@ struct bsmtp_server {           /* complete, to be embedded; fields are private 
 	unsigned char state;
 	unsigned char hello;            /* enum bsmtp_verb of the opening, or 0 */
 	unsigned char end;              /* enum bsmtp_end */
-	bool allowed;
+	unsigned char flags;            /* BSMTP_PEER_ bits */
+	bool authed;
+	unsigned char auth_step;
+	uint64_t auth_ticket;
 	bool mail_tried, mail_ok, utf8; /* of the transaction under way */
 	bool chunks, last;              /* BDAT has begun it; this one ends it */
 	bool resumed;                   /* a delay is over: no fault twice */
@@ -655,14 +694,27 @@ struct bsmtp_server {           /* complete, to be embedded; fields are private 
 	struct bsmtp_newlines newlines;
 	size_t line_len;
 	char line[BSMTP_COMMAND_MAX];
+	size_t name_len;                /* of the name that AUTH LOGIN was told */
+	char name[256];
 };
 
-/* Begins a session with a peer that is `allowed` or not; the greeting is
- * queued.  `held` is memory for held_size replies, at least
- * BSMTP_SERVER_HELD_MIN. */
+enum {                          /* what is known of the peer */
+	BSMTP_PEER_ALLOWED = 1,         /* it may speak, BSMTP too */
+	BSMTP_PEER_GUEST = 2,           /* it may yet show who it is, by TLS or AUTH */
+	BSMTP_PEER_LOCAL = 4,           /* a local socket: AUTH needs no TLS there */
+	BSMTP_PEER_TLS = 8              /* TLS from the first octet */
+};
+
+/* Begins a session; the greeting is queued.  `flags` are BSMTP_PEER_ bits: a peer
+ * that is neither allowed nor a guest is refused.  `held` is memory for held_size
+ * replies, at least BSMTP_SERVER_HELD_MIN. */
 enum { BSMTP_SERVER_HELD_MIN = 8 };
 void bsmtp_server_init(struct bsmtp_server *server, struct bsmtp_server_config *config,
-    bool allowed, struct bsmtp_held *held, size_t held_size);
+    unsigned flags, struct bsmtp_held *held, size_t held_size);
+
+/* TLS is established behind STARTTLS: the session begins anew, without a greeting
+ * (RFC 3207 4.2); `flags` are what is known now. */
+void bsmtp_server_secured(struct bsmtp_server *server, unsigned flags);
 
 /* Moves the replies owed to other memory, of held_size places: at least as many
  * as bsmtp_server_owed() and the minimum. */

@@ -1232,7 +1232,7 @@ static void end_of_data(void)
 			struct bsmtp_slice in = slice(text, l.len), body = slice(text + sizeof open - 1, l.len - sizeof open + 1);
 			good = same_however_cut(run_decode, &no, body, &decoded) && good;
 			good = good && (find(slice(decoded.text, decoded.len), slice_of("|ended 1")) < decoded.len) == ends;
-			bsmtp_server_init(&s, &config, true, held, COUNT(held));
+			bsmtp_server_init(&s, &config, BSMTP_PEER_ALLOWED, held, COUNT(held));
 			do {
 				at += bsmtp_server_in(&s, in.at + at, in.len - at, &e);
 				if (e.type == BSMTP_SERVER_MESSAGE)
@@ -1309,6 +1309,7 @@ struct client_case {
 	struct bsmtp_client_config config;
 	bool abandon;           /* the last message breaks off */
 	bool many_due;          /* with room for more replies due than the least */
+	bool agreed;            /* to BSMTP, by TLS */
 	unsigned first, pace;   /* steps taken before the first reply, and between two */
 	struct log *wire;       /* where what was sent goes; may be NULL */
 	char *brief;            /* a letter an event; may be NULL */
@@ -1329,6 +1330,7 @@ static const struct { const char *word; char letter; } told[] = {
 	[BSMTP_CLIENT_REFUSED] = { "REFUSED", 'x' }, [BSMTP_CLIENT_RCPT] = { "RCPT", '\0' },
 	[BSMTP_CLIENT_MESSAGE] = { "MESSAGE", '\0' }, [BSMTP_CLIENT_NOTE] = { "NOTE", 'n' },
 	[BSMTP_CLIENT_QUIT] = { "QUIT", 'q' }, [BSMTP_CLIENT_ERROR] = { "ERROR", '!' },
+	[BSMTP_CLIENT_SECURE] = { "SECURE", 's' },
 };
 static const char fates[] = { [BSMTP_UNSENT] = 'N', [BSMTP_UNKNOWN] = 'U', [BSMTP_DELIVERED] = 'D',
 	[BSMTP_DEFERRED] = 'T', [BSMTP_REJECTED] = 'R' };
@@ -1362,6 +1364,8 @@ static void client_event(struct sender *s, const struct bsmtp_client_event *e)
 	}
 	if (s->t->brief != NULL && strlen(s->t->brief) < 60)
 		strcat(s->t->brief, letter);
+	if (e->type == BSMTP_CLIENT_SECURE)     /* at once: what follows is inside */
+		bsmtp_client_secured(&s->c, s->t->agreed);
 }
 
 /* Sends what there is, by halves, for that must make no difference. */
@@ -1442,6 +1446,8 @@ static bool client_step(struct sender *s, bool dry)
 			return false;
 		bsmtp_client_grace_over(&s->c);
 		break;
+	case BSMTP_WANT_TLS:
+	case BSMTP_WANT_SECURED:
 	case BSMTP_WANT_REPLY:
 	case BSMTP_WANT_NOTHING:
 		return false;
@@ -1463,7 +1469,8 @@ static void client_wrote(struct sender *s)
 		return;
 	if (n == 0 || (s->awaits_354 && is(out, ".\r\n")) || (!s->writing && s->begun > 0 && is(out, "RSET\r\n")))
 		return;
-	if (s->begun > 0 || find(slice(at, n), slice_of("O c\r\n")) + 5 != n)
+	if (s->begun > 0 || (find(out, slice_of("O c\r\n")) + 5 != n && find(out, slice_of("P c\r\n")) + 5 != n &&
+	    !(s->t->config.starttls && is(out, "STARTTLS\r\n")) && s->t->config.user == NULL))
 		*s->t->broken = "written out of turn";
 }
 
@@ -1858,7 +1865,7 @@ static void client_in_full(void)
 	    "MESSAGE RCPT 450 4.2.2|over quota|deferred no error 0 1\n> RSET\r\n"
 	    "> MAIL FROM:<\xC3\xA9@x> SIZE=4999 BODY=8BITMIME SMTPUTF8\r\n"
 	    "MESSAGE MAIL 552 5.3.4|too big|rejected no error 0 0\n> QUIT\r\n"
-	    "QUIT QUIT 221 |bye|unsent no error 0 0\noffered 332 lockstep 1 strays 1 sent 254\n";
+	    "QUIT QUIT 221 |bye|unsent no error 0 0\noffered 1100 lockstep 1 strays 1 sent 254\n";
 	const char *broken = NULL;
 	struct client_case t = { .config = { .mode = BSMTP_MODE_PIPELINING, .helo = "c" }, .first = ALL, .pace = ALL,
 		.broken = &broken };
@@ -1935,6 +1942,81 @@ static void client_parameters(void)
 	ok(good, "client", "parameters are whole");
 }
 
+#define INSIDE "250-h\r\n250-CHUNKING\r\n250-PIPELINING\r\n250-BSMTP\r\n250-AUTH LOGIN PLAIN\r\n250 8BITMIME\r\n"
+#define OUTSIDE "220 h\r\n250-h\r\n250-AUTH PLAIN\r\n250-PIPELINING\r\n250 STARTTLS\r\n"
+#define LOGIN_ONLY "220 h\r\n250-h\r\n250-CHUNKING\r\n250-PIPELINING\r\n250 AUTH LOGIN\r\n"
+#define ALL_THREE M R B M R R B M R B B B QUIT
+
+/* TLS begun by the opening or by STARTTLS, and who it is: the events and the verbs. */
+static void client_secure(void)
+{
+	static const struct {
+		const char *name;
+		struct bsmtp_slice in;
+		enum bsmtp_mode mode;
+		bool starttls, user, agreed, no_grace;
+		const char *brief, *verbs;
+	} cases[] = {
+		{ "the opening with STARTTLS", S("220 h\r\n220 2.0.0 TLS\r\n" INSIDE ALL_THREE), BSMTP_MODE_BSMTP, true, false, false, false,
+		    "gso+D++D+Dq", "BSMTP BSMTP MAIL RCPT BDAT MAIL RCPT RCPT BDAT MAIL RCPT BDAT BDAT QUIT" },
+		{ "the opening with STARTTLS, agreed", S("220 h\r\n220 2.0.0 TLS\r\n" INSIDE ALL_THREE), BSMTP_MODE_BSMTP, true, false, true,
+		    false, "gso+D++D+Dq", "BSMTP BSMTP MAIL RCPT BDAT MAIL RCPT RCPT BDAT MAIL RCPT BDAT BDAT QUIT" },
+		{ "the opening with STARTTLS, a name", S("220 h\r\n220 2.0.0 TLS\r\n" INSIDE B ALL_THREE), BSMTP_MODE_BSMTP, true, true, false,
+		    false, "gso+D++D+Dq", "BSMTP BSMTP AUTH MAIL RCPT BDAT MAIL RCPT RCPT BDAT MAIL RCPT BDAT BDAT QUIT" },
+		{ "the opening with STARTTLS, refused", S("220 h\r\n500 5.5.1 what?\r\n"), BSMTP_MODE_BSMTP, true, true, false, true,
+		    "gx", "BSMTP" },
+		{ "the opening with STARTTLS, put off", S("220 h\r\n454 4.7.0 later\r\n"), BSMTP_MODE_BSMTP, true, false, false, false,
+		    "gx", "BSMTP" },
+		{ "the opening with STARTTLS, silent", S("220 h\r\n"), BSMTP_MODE_BSMTP, true, false, false, true, "gx", "BSMTP" },
+		{ "STARTTLS", S(OUTSIDE "220 2.0.0 TLS\r\n" INSIDE ALL_THREE), BSMTP_MODE_PIPELINING, true, false, false, false,
+		    "gso+D++D+Dq", "EHLO STARTTLS EHLO MAIL RCPT BDAT MAIL RCPT RCPT BDAT MAIL RCPT BDAT BDAT QUIT" },
+		{ "STARTTLS, a name", S(OUTSIDE "220 2.0.0 TLS\r\n" INSIDE B ALL_THREE), BSMTP_MODE_LOCKSTEP, true, true, false, false,
+		    "gso+D++D+Dq", "EHLO STARTTLS EHLO AUTH MAIL RCPT BDAT MAIL RCPT RCPT BDAT MAIL RCPT BDAT BDAT QUIT" },
+		{ "STARTTLS refused", S(OUTSIDE "454 4.7.0 no\r\n"), BSMTP_MODE_EARLY, true, false, false, false, "g!", "EHLO STARTTLS" },
+		{ "STARTTLS not offered", S("220 h\r\n250-h\r\n250 PIPELINING\r\n"), BSMTP_MODE_LOCKSTEP, true, true, false, false,
+		    "g!", "EHLO" },
+		{ "STARTTLS, and HELO only", S("220 h\r\n500 what?\r\n250 h\r\n"), BSMTP_MODE_LOCKSTEP, true, false, false, false,
+		    "g!", "EHLO HELO" },
+		{ "a name, silent about the opening", S("220 h\r\n" B M R B Z M R R B Z M R B B B QUIT), BSMTP_MODE_BSMTP, false, true, false,
+		    true, NULL, NULL },
+		{ "a name, not accepted", S("220 h\r\n" INSIDE "535 5.7.8 no\r\n530 5.7.0 no\r\n503 no\r\n503 no\r\n"), BSMTP_MODE_BSMTP, false,
+		    true, false, false, "goX-R!UU", NULL },
+		{ "a name, not accepted, no stream", S("220 h\r\n" INSIDE "535 5.7.8 no\r\n"), BSMTP_MODE_PIPELINING, false, true, false, false,
+		    "gox", "EHLO AUTH" },
+		{ "a name, not to be found out", S("220 h\r\n" INSIDE "454 4.7.0 later\r\n"), BSMTP_MODE_LOCKSTEP, false, true, false, false,
+		    "gox", "EHLO AUTH" },
+		{ "a name, no mechanism", S("220 h\r\n250-h\r\n250 AUTH GSSAPI\r\n"), BSMTP_MODE_PIPELINING, false, true, false, false,
+		    "g!", "EHLO" },
+		{ "LOGIN", S(LOGIN_ONLY "334 VXNlcm5hbWU6\r\n334 UGFzc3dvcmQ6\r\n235 2.7.0 ok\r\n" M R B Z M R R B Z M R B B B QUIT),
+		    BSMTP_MODE_PIPELINING, false, true, false, false, "go+D++D+Dq",
+		    "EHLO AUTH YWw= MXA= MAIL RCPT BDAT RSET MAIL RCPT RCPT BDAT RSET MAIL RCPT BDAT BDAT QUIT" },
+		{ "LOGIN that asks for ever", S(LOGIN_ONLY "334 VXNlcm5hbWU6\r\n334 UGFzc3dvcmQ6\r\n334 eD8=\r\n"), BSMTP_MODE_PIPELINING, false,
+		    true, false, false, "go!", "EHLO AUTH YWw= MXA=" },
+	};
+	static struct log l, wire;
+
+	for (size_t i = 0; i < COUNT(cases); i++) {
+		char brief[64];
+		const char *broken = NULL;
+		bool same = true;
+		struct client_case t = { .config = { .mode = cases[i].mode, .framing = BSMTP_FRAMING_AUTO, .helo = "c",
+			.starttls = cases[i].starttls, .no_grace = cases[i].no_grace, .user = cases[i].user ? "al" : NULL,
+			.password = "1p" }, .agreed = cases[i].agreed, .first = ALL, .pace = ALL, .broken = &broken };
+		same = same_in_steps(run_client, &t, cases[i].in, &l, 1);
+		t.brief = brief;
+		t.wire = &wire;
+		l.len = 0;
+		run_client(&t, cases[i].in, cases[i].in.len, &l);
+		if (broken != NULL || (cases[i].brief != NULL && strcmp(brief, cases[i].brief) != 0) ||
+		    (cases[i].verbs != NULL && strcmp(verbs_in(&wire), cases[i].verbs) != 0))
+			printf("# %s; %s; %s\n", brief, verbs_in(&wire), broken != NULL ? broken : "");
+		ok(same && broken == NULL && (cases[i].brief == NULL || strcmp(brief, cases[i].brief) == 0) &&
+		    (cases[i].verbs == NULL || strcmp(verbs_in(&wire), cases[i].verbs) == 0), "client, secure", cases[i].name);
+		ok(find(slice(l.text + wire.len, l.len - wire.len), slice_of("MXA=")) + wire.len >= l.len ||
+		    strstr(cases[i].name, "LOGIN") != NULL, "client, secure, masks", cases[i].name);
+	}
+}
+
 /* A reply that comes before anything was asked. */
 static void unasked_reply(void)
 {
@@ -1977,7 +2059,7 @@ static void endless_reply(void)
 struct server_case {
 	const char *name;
 	struct bsmtp_server_config config;
-	bool refused;           /* the peer is not allowed */
+	unsigned flags;         /* of the peer, 0: it is allowed */
 	bool lend;              /* a full queue is given more memory, not emptied */
 	bool late;              /* messages are settled as late as can be, the last first */
 	size_t held;
@@ -2003,13 +2085,22 @@ static const struct server_case server_cases[] = {
 	{ "faults that refuse", { PLAIN }, .held = 64, .faults = { "DATA=451 4.3.0 no", "BSMTP=550 no", "MAIL#1=250 2.1.0 custom",
 	    "HELO=drop", "BODY#1=drop" } },
 	{ "refusing at the door", { PLAIN }, .held = 64, .faults = { "CONNECT=421 4.7.0 busy" } },
-	{ "not allowed", { PLAIN }, .held = 64, .refused = true },
+	{ "not allowed", { PLAIN }, .held = 64, .flags = BSMTP_PEER_LOCAL },
 	{ "silent", { PLAIN, .opening = BSMTP_OPENING_SILENT }, .held = 64 },
 	{ "refused", { PLAIN, .opening = BSMTP_OPENING_REFUSE }, .held = 64 },
 	{ "closed", { PLAIN, .opening = BSMTP_OPENING_CLOSE }, .held = 64 },
 	{ "BSMTP unknown", { PLAIN, .opening = BSMTP_OPENING_UNKNOWN }, .held = 64 },
 	{ "BSMTP only", { PLAIN, .no_smtp = true }, .held = 64 },
 	{ "stopping", { PLAIN, .stopping = true }, .held = 64 },
+	{ "TLS offered", { PLAIN, .starttls = true }, .held = 64 },
+	{ "TLS offered, a tiny queue", { PLAIN, .starttls = true }, .held = BSMTP_SERVER_HELD_MIN },
+	{ "TLS required", { PLAIN, .starttls = true, .require_tls = true }, .held = 64 },
+	{ "accounts, in the clear", { PLAIN, .auth = true }, .held = 64, .flags = BSMTP_PEER_GUEST },
+	{ "accounts", { PLAIN, .auth = true }, .held = 64, .flags = BSMTP_PEER_GUEST | BSMTP_PEER_TLS },
+	{ "accounts, a tiny queue", { PLAIN, .auth = true }, .held = BSMTP_SERVER_HELD_MIN,
+	    .flags = BSMTP_PEER_GUEST | BSMTP_PEER_TLS },
+	{ "accounts, behind TLS", { PLAIN, .starttls = true, .auth = true }, .held = 64, .flags = BSMTP_PEER_GUEST },
+	{ "a certificate may come", { PLAIN, .starttls = true }, .held = 64, .flags = BSMTP_PEER_GUEST },
 	{ "few extensions", { .hostname = "h", .max_size = 0, .max_recipients = 0, .keywords = BSMTP_KEY_PIPELINING }, .held = 64 },
 };
 
@@ -2077,6 +2168,21 @@ static void server_event(struct receiver *r, const struct bsmtp_server_event *e)
 		if (!r->closed && bsmtp_server_owed(&r->s) >= owed)
 			abort();
 		break;
+	case BSMTP_SERVER_STARTTLS:
+		addf(r->l, "\nSTARTTLS %llu\n", (unsigned long long)e->number);
+		server_writes(r);
+		server_settles(r);
+		bsmtp_server_secured(&r->s, r->t->flags != 0 ? r->t->flags : BSMTP_PEER_ALLOWED);
+		break;
+	case BSMTP_SERVER_AUTH:
+		addf(r->l, "\nAUTH ");
+		add_slice(r->l, e->text);
+		addf(r->l, "/");
+		add_slice(r->l, e->secret);
+		addf(r->l, "\n");
+		bsmtp_server_settle(&r->s, e->ticket, is(e->secret, "1p") ? BSMTP_ANSWER_STORED : BSMTP_ANSWER_AUTH_FAILED);
+		server_writes(r);
+		break;
 	case BSMTP_SERVER_DELAY:
 		addf(r->l, "\nDELAY %llu\n", (unsigned long long)e->number);
 		break;
@@ -2124,7 +2230,7 @@ static void run_server(const void *with, struct bsmtp_slice in, size_t cut, stru
 		t.config.fault_count = i + 1;
 	}
 	t.config.tap = tap;
-	bsmtp_server_init(&r.s, &t.config, !t.refused, r.held, r.held_size);
+	bsmtp_server_init(&r.s, &t.config, t.flags != 0 ? t.flags : BSMTP_PEER_ALLOWED, r.held, r.held_size);
 	r.s.tap_context = &transcribed;
 	do {
 		size_t end = at < in.len ? piece_end(at, in.len, cut) : in.len, used = 0;
@@ -2212,6 +2318,18 @@ static const struct { const char *name; struct bsmtp_slice in; } sessions[] = {
 	{ "ends in the middle of a body", S("BSMTP c\r\n" SEND("b@x") "DATA\r\nx\r\n.\r") },
 	{ "ends in the middle of a chunk", S("BSMTP c\r\n" SEND("b@x") "BDAT 5 LAST\r\n.\r\n\r") },
 	{ "ends in the middle of a line", S("BSMTP c\r\n" SEND("b@x") "BDAT 5 LAST") },
+	{ "the opening with STARTTLS", S("BSMTP c STARTTLS\r\nNOOP\r\nEHLO c\r\n" SEND("b@x") "BDAT 2 LAST\r\n\r\nSTARTTLS\r\nQUIT\r\n") },
+	{ "the opening with STARTTLS again", S("BSMTP c STARTTLS\r\nBSMTP c STARTTLS\r\n" SEND("b@x") "BDAT 2 LAST\r\n\r\n") },
+	{ "the opening with a word", S("BSMTP c STARTTLS x\r\nBSMTP c STARTTLSX\r\nEHLO c STARTTLS\r\nNOOP\r\n") },
+	{ "STARTTLS", S("STARTTLS\r\nEHLO c\r\nSTARTTLS x\r\nMAIL FROM:<a@x>\r\nSTARTTLS\r\nMAIL FROM:<a@x>\r\n"
+	    "EHLO c\r\n" SEND("b@x") "STARTTLS\r\nBDAT 2 LAST\r\n\r\nQUIT\r\n") },
+	{ "AUTH PLAIN", S("AUTH PLAIN AGFsADFw\r\nEHLO c\r\nMAIL FROM:<a@x>\r\nAUTH\r\nAUTH GSSAPI\r\nAUTH PLAIN AGFsADFw=\r\n"
+	    "AUTH PLAIN AGFs\r\nAUTH PLAIN AGFsADF4\r\nAUTH PLAIN AGFsADFw\r\nAUTH PLAIN AGFsADFw\r\n" SEND("b@x")
+	    "BDAT 2 LAST\r\n\r\nQUIT\r\n") },
+	{ "AUTH PLAIN, asked", S("EHLO c\r\nAUTH PLAIN\r\n*\r\nauth plain\r\nAGFsADFw\r\n" SEND("b@x") "BDAT 2 LAST\r\n\r\n") },
+	{ "AUTH LOGIN", S("EHLO c\r\nAUTH LOGIN\r\n*\r\nAUTH LOGIN\r\nYWw=\r\nMHA=\r\nAUTH LOGIN YWw=\r\nMXA=\r\n" SEND("b@x")
+	    "BDAT 2 LAST\r\n\r\nRSET\r\nQUIT\r\n") },
+	{ "AUTH that ends", S("EHLO c\r\nAUTH LOGIN\r\nYWw=\r\nMX") },
 	{ "nothing", S("") }, { "TLS", S("\x16\x03\x01\x00\xA5\x01\x00\x00\n\xA1\x03") },
 };
 
@@ -2265,6 +2383,15 @@ static const struct { const char *with, *session, *codes; } answers[] = {
 	{ "BSMTP unknown", "both framings",
 	    "220 500 250 250 501 354 250 250 250 250 554 250 250 354 554 503 500 500 221" },
 	{ "BSMTP only", "of the very size", "220 550 503 503 354 503 503 503 503 503 503 503 503 503 250 503 503" },
+	{ "plain", "the opening with STARTTLS", "220 555" }, { "plain", "STARTTLS", "220 502 250 502 250 502 503 250 250 250 502 250 221" }, { "plain", "AUTH PLAIN", "220 502 250 250 502 502 502 502 502 502 502 503 250 250 221" },
+	{ "TLS offered", "the opening with STARTTLS", "220 220 250 250 250 250 250 503 221" },
+	{ "TLS offered", "the opening with STARTTLS again", "220 220 555" },
+	{ "TLS offered", "the opening with a word", "220 555 555 501 250" }, { "TLS offered", "STARTTLS", "220 220 250 503 250 503 503 250 250 250 503 250 221" },
+	{ "TLS required", "STARTTLS", "220 220 250 503 250 503 503 250 250 250 503 250 221" }, { "TLS required", "both framings", "220 530" },
+	{ "accounts, in the clear", "AUTH PLAIN", "220 503 250 530 530 530 530 530 530 530 530 530 503 503 221" }, { "accounts, in the clear", "both framings", "220 554" },
+	{ "accounts", "AUTH PLAIN", "220 503 250 530 504 504 501 501 535 235 503 250 250 250 221" }, { "accounts", "AUTH PLAIN, asked", "220 250 334 501 334 235 250 250 250" }, { "accounts", "AUTH LOGIN", "220 250 334 501 334 334 535 334 235 250 250 250 250 221" },
+	{ "accounts", "both framings", "220 250 530 503 503 354 503 530 503 503 503 250 530 354 503 503 500 500 221" }, { "accounts, behind TLS", "the opening with STARTTLS", "220 220 250 250 530 503 503 503 221" },
+	{ "a certificate may come", "the opening with STARTTLS", "220 220 250 250 554 503 503 503 221" }, { "a certificate may come", "both framings", "220 554" },
 	{ "few extensions", "both framings",
 	    "220 250 250 452 501 354 554 250 452 554 554 250 250 354 554 503 500 500 221" },
 };
@@ -2338,7 +2465,7 @@ static void server_stops(void)
 	for (size_t i = 0; i < COUNT(stops); i++) {
 		struct bsmtp_slice in = slice_of(stops[i].in);
 		bool good = true;
-		bsmtp_server_init(&s, &config, true, held, COUNT(held));
+		bsmtp_server_init(&s, &config, BSMTP_PEER_ALLOWED, held, COUNT(held));
 		do {
 			if (in.len == 0)
 				break;
@@ -2461,6 +2588,8 @@ static void joint_client(struct joint *j, bool silent)
 			bsmtp_client_grace_over(&j->c);
 		break;
 	case BSMTP_WANT_ROOM:
+	case BSMTP_WANT_TLS:
+	case BSMTP_WANT_SECURED:
 	case BSMTP_WANT_REPLY:
 	case BSMTP_WANT_NOTHING:
 		break;
@@ -2538,7 +2667,7 @@ static void join(enum bsmtp_mode mode, enum bsmtp_framing framing, size_t k, boo
 	j.stored = l;
 	j.fates.len = j.envelope.len = j.body.len = j.replies_len = j.replies_at = j.sent = j.to = j.body_at = l->len = 0;
 	bsmtp_client_init(&j.c, &cc, out, sizeof out, due, sizeof due);
-	bsmtp_server_init(&j.s, &sc, true, held, COUNT(held));
+	bsmtp_server_init(&j.s, &sc, BSMTP_PEER_ALLOWED, held, COUNT(held));
 	while (bsmtp_client_want(&j.c) != BSMTP_WANT_NOTHING && idle < 5)
 		idle = joint_turn(&j, k, silent) ? 0 : idle + 1;
 	add(l, j.fates.text, j.fates.len);
@@ -2690,7 +2819,7 @@ static void named(const char *what, const char *const *names, size_t count, cons
 
 static void words(void)
 {
-	const char *names[9], *others[5];
+	const char *names[11], *others[5];
 
 	NAMED(bsmtp_mode, bsmtp_mode_name, BSMTP_MODES);
 	NAMED(bsmtp_framing, bsmtp_framing_name, BSMTP_FRAMINGS);
@@ -2727,6 +2856,7 @@ int main(void)
 	client_splits();
 	client_streams();
 	client_in_full();
+	client_secure();
 	client_limits();
 	client_parameters();
 	unasked_reply();

@@ -114,6 +114,8 @@ static bool step(struct sender *s, bool dry)
 			return false;
 		bsmtp_client_grace_over(&s->c);
 		break;
+	case BSMTP_WANT_TLS:
+	case BSMTP_WANT_SECURED:
 	case BSMTP_WANT_REPLY:
 	case BSMTP_WANT_NOTHING:
 		return false;

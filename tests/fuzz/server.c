@@ -3,8 +3,8 @@
 #include "fuzz.h"
 
 /* flags: normalize, settled late, a tiny queue, lent more; 3 bits the rules of
- * --reply or an opening */
-enum { NORMALIZE = 1, LATE = 2, TINY = 4, LEND = 8, RULES_SHIFT = 4, SIZE = 300, RCPTS = 3, TICKETS = 2048 };
+ * --reply or an opening; TLS and accounts, what follows STARTTLS being inside */
+enum { NORMALIZE = 1, LATE = 2, TINY = 4, LEND = 8, RULES_SHIFT = 4, SECURE = 128, SIZE = 300, RCPTS = 3, TICKETS = 2048 };
 
 static const char *const rules[8][6] = {
 	{ NULL }, { NULL }, { NULL },   /* the second and third: other openings */
@@ -22,7 +22,7 @@ struct receiver {
 	size_t held_size, tickets, rcpts, text;
 	uint64_t ticket[TICKETS];
 	unsigned flags;
-	bool open, closed;
+	bool open, closed, tls;
 };
 
 static void write_replies(struct receiver *r)
@@ -78,6 +78,7 @@ static void event(struct receiver *r, const struct bsmtp_server_event *e)
 	addf(r->l, ">\n");
 	switch (e->type) {
 	case BSMTP_SERVER_MAIL:
+		CHECK(!(r->flags & SECURE) || r->tls);
 		CHECK(!r->open && (e->text.len == 0 || bsmtp_mailbox_valid(e->text, e->utf8)));
 		r->open = true;
 		r->rcpts = r->text = 0;
@@ -98,6 +99,19 @@ static void event(struct receiver *r, const struct bsmtp_server_event *e)
 		break;
 	case BSMTP_SERVER_HELLO:
 		CHECK(bsmtp_domain_valid(e->text, true));
+		break;
+	case BSMTP_SERVER_STARTTLS:
+		/* Nothing that was sent in the clear may be left to count. */
+		CHECK((r->flags & SECURE) && !r->tls && !r->open);
+		r->tls = true;
+		settle(r);
+		CHECK(r->closed || bsmtp_server_owed(&r->s) == 0);
+		bsmtp_server_secured(&r->s, BSMTP_PEER_GUEST);
+		break;
+	case BSMTP_SERVER_AUTH:
+		CHECK((r->flags & SECURE) && r->tls && !r->open && e->text.len > 0);
+		add(r->l, e->secret.at, e->secret.len);
+		bsmtp_server_settle(&r->s, e->ticket, e->secret.len % 2 ? BSMTP_ANSWER_STORED : BSMTP_ANSWER_AUTH_FAILED);
 		break;
 	default:
 		CHECK(e->type == BSMTP_SERVER_DELAY && e->number == 1);
@@ -125,6 +139,7 @@ static void run(const struct input *input, enum cutting cutting, struct log *l)
 	struct bsmtp_slice time;
 	struct bsmtp_server_config config = { .hostname = "h", .max_size = SIZE, .max_recipients = RCPTS,
 		.keywords = BSMTP_KEYS_ALL, .normalize = (input->flags & NORMALIZE) != 0, .faults = faults,
+		.starttls = (input->flags & SECURE) != 0, .auth = (input->flags & SECURE) != 0,
 		.opening = set == 1 ? BSMTP_OPENING_SILENT : set == 2 ? BSMTP_OPENING_UNKNOWN : BSMTP_OPENING_ACCEPT };
 	struct bsmtp_server_event e;
 	size_t at = 0, pieces = 0, steps = 0;
@@ -141,8 +156,8 @@ static void run(const struct input *input, enum cutting cutting, struct log *l)
 	r.held = malloc(r.held_size * sizeof *r.held);
 	CHECK(r.held != NULL);
 	r.replies.len = r.tickets = r.rcpts = r.text = 0;
-	r.open = r.closed = false;
-	bsmtp_server_init(&r.s, &config, true, r.held, r.held_size);
+	r.open = r.closed = r.tls = false;
+	bsmtp_server_init(&r.s, &config, input->flags & SECURE ? BSMTP_PEER_GUEST : BSMTP_PEER_ALLOWED, r.held, r.held_size);
 	do {
 		size_t end = at < input->len ? piece_end(input, cutting, at, &pieces) : at, used = 0;
 		char *piece = exact(input->in + at, end - at);
