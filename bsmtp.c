@@ -488,6 +488,23 @@ bool bsmtp_mailbox_valid(struct bsmtp_slice mailbox, bool utf8)
 	    (!utf8 || bsmtp_utf8_valid(mailbox));
 }
 
+bool bsmtp_transid_valid(struct bsmtp_slice id)
+{
+	const char *at = id.len > 2 ? memchr(id.at, '@', id.len) : NULL;
+	size_t local, domain;
+
+	if (at == NULL || id.len > BSMTP_TRANSID_MAX || id.at[0] != '<' || id.at[1] == '"' ||
+	    at[1] == '"' || id.at[id.len - 1] != '>')
+		return false;
+	for (size_t i = 0; i < id.len; i++)
+		if (memchr("/?=", id.at[i], 3) != NULL)
+			return false;
+	local = (size_t)(at - id.at) - 1;
+	domain = id.len - local - 3;
+	return local > 0 && domain > 0 && local_part_length(slice(id.at + 1, local), false) == local &&
+	    local_part_length(slice(at + 1, domain), false) == domain;
+}
+
 /* The ">" that closes a path: one inside a quoted string does not. */
 static size_t path_end(struct bsmtp_slice s)
 {
@@ -1694,7 +1711,7 @@ static unsigned client_keys(const struct bsmtp_client *c)
 {
 	if (c->opened || mode_of(c)->opening != BSMTP_VERB_BSMTP)
 		return c->offered;
-	return BSMTP_KEYS_ALL & ~(unsigned)BSMTP_KEY_BSMTP;
+	return BSMTP_KEYS_ALL;
 }
 
 /* The esmtp-params that are passed on, and what must be offered for each. */
@@ -1704,7 +1721,7 @@ static const struct {
 } parameter_rows[] = {
 	{ "BODY", BSMTP_KEY_8BITMIME }, { "SMTPUTF8", BSMTP_KEY_SMTPUTF8 },
 	{ "SIZE", BSMTP_KEY_SIZE }, { "ENVID", BSMTP_KEY_DSN }, { "RET", BSMTP_KEY_DSN },
-	{ "NOTIFY", BSMTP_KEY_DSN }, { "ORCPT", BSMTP_KEY_DSN },
+	{ "NOTIFY", BSMTP_KEY_DSN }, { "ORCPT", BSMTP_KEY_DSN }, { "TRANSID", BSMTP_KEY_BSMTP },
 };
 
 /* Puts a parameter whole, or not at all. */
@@ -2576,7 +2593,7 @@ enum {
 	ANSWER_BAD_HELO, ANSWER_BAD_PATH, ANSWER_BAD_RCPT, ANSWER_BAD_PARAMETER, ANSWER_NO_PARAMETER,
 	ANSWER_BAD_BDAT, ANSWER_NEEDS_UTF8, ANSWER_NO_HELLO, ANSWER_NESTED, ANSWER_NO_MAIL,
 	ANSWER_TLS, ANSWER_NEEDS_TLS, ANSWER_HAS_TLS, ANSWER_AUTH, ANSWER_AUTHED, ANSWER_ASK_NAME,
-	ANSWER_ASK_PASSWORD, ANSWER_ASK, ANSWER_NO_MECHANISM, ANSWER_BAD_AUTH, ANSWER_NEEDS_AUTH,
+	ANSWER_ASK_PASSWORD, ANSWER_ASK, ANSWER_NO_MECHANISM, ANSWER_BAD_AUTH, ANSWER_NEEDS_AUTH, ANSWER_EARLY,
 	ANSWER_NO_RCPT, ANSWER_TOO_MANY, ANSWER_TOO_BIG, ANSWER_BARE_NEWLINE, ANSWER_NO_SMTP,
 	ANSWERS
 };
@@ -2623,6 +2640,9 @@ static const struct {
 	[ANSWER_NO_HELLO] = { "503", "5.5.1 say EHLO or BSMTP first" },
 	[ANSWER_NESTED] = { "503", "5.5.1 a transaction is open: RSET first" },
 	[ANSWER_NO_MAIL] = { "503", "5.5.1 no MAIL was accepted" },
+	[BSMTP_ANSWER_DUPLICATE] = { "250", "2.0.0 duplicate, already stored" },
+	[BSMTP_ANSWER_UNDER_WAY] = { "451", "4.3.0 the same TRANSID is under way" },
+	[ANSWER_EARLY] = { "450", "4.7.0 this may be a replay: not without TRANSID" },
 	[BSMTP_ANSWER_AUTH_FAILED] = { "535", "5.7.8 not accepted" },
 	[BSMTP_ANSWER_AUTH_LATER] = { "454", "4.7.0 not to be found out now" },
 	[ANSWER_TLS] = { "220", "2.0.0 ready for TLS" },
@@ -3222,6 +3242,10 @@ static unsigned mail_parameters(struct bsmtp_server *s, struct bsmtp_slice rest,
 		} else if (same(p.keyword, "SMTPUTF8") && p.value.at == NULL &&
 		    (keys & BSMTP_KEY_SMTPUTF8)) {
 			event->utf8 = true;
+		} else if (same(p.keyword, "TRANSID") && (keys & BSMTP_KEY_BSMTP)) {
+			if (!bsmtp_transid_valid(p.value))
+				return ANSWER_BAD_PARAMETER;
+			event->transid = p.value;
 		} else {
 			return ANSWER_NO_PARAMETER;
 		}
@@ -3259,6 +3283,8 @@ static void act_mail(struct bsmtp_server *s, struct call *call)
 		refusal = mail_parameters(s, slice(rest.at + used, rest.len - (size_t)used), call->event);
 	if (refusal == 0 && bsmtp_has_8bit(path) && !call->event->utf8)
 		refusal = ANSWER_NEEDS_UTF8;
+	if (refusal == 0 && (s->flags & BSMTP_PEER_EARLY) && call->event->transid.len == 0)
+		refusal = ANSWER_EARLY;
 	if (refusal != 0) {
 		owe(s, refusal, 0);
 		return;
@@ -3708,6 +3734,12 @@ void bsmtp_server_init(struct bsmtp_server *s, struct bsmtp_server_config *confi
 	reset_transaction(s);
 }
 
+void bsmtp_server_early(struct bsmtp_server *s, bool early)
+{
+	s->flags = (unsigned char)((s->flags & ~(unsigned)BSMTP_PEER_EARLY) |
+	    (early ? BSMTP_PEER_EARLY : 0u));
+}
+
 void bsmtp_server_secured(struct bsmtp_server *s, unsigned flags)
 {
 	s->flags = (unsigned char)(flags | BSMTP_PEER_TLS);
@@ -3909,7 +3941,8 @@ static struct options {
 	uint64_t timeout_ms;
 	struct list operands;
 	/* TLS, and who may speak */
-	bool tls, starttls, require_tls, insecure;
+	bool tls, starttls, require_tls, insecure, transid, early_data, fastopen;
+	uint64_t remember_ms;
 	char *cert, *key, *ca, *client_ca, *pin, *tls_name, *tickets, *user, *password_file, *password, *users;
 	/* send */
 	char *server, *connect_command, *from, *helo, *output;
@@ -4120,6 +4153,9 @@ struct tls {
 	char subject[256];      /* of the certificate that was not accepted */
 	short reads, writes;    /* what poll() is to wait for before the next try */
 	bool dry;               /* nothing more is to be read before poll() says so */
+	bool early;             /* octets go, or may come, before the handshake is complete */
+	char *kept;             /* client: what went so, should it have to go again */
+	size_t early_left, kept_len, kept_sent;
 	char why[256];          /* it failed */
 };
 
@@ -4291,6 +4327,8 @@ static bool make_certificate(struct tls_context *x)
 	return good;
 }
 
+enum { EARLY_MAX = 14 << 10 };  /* with the handshake, what the first window holds */
+
 /* NULL with a diagnostic. */
 static struct tls_context *tls_server_context(void)
 {
@@ -4306,6 +4344,8 @@ static struct tls_context *tls_server_context(void)
 	}
 	SSL_CTX_set_alpn_select_cb(x->ctx, select_alpn, NULL);
 	(void)SSL_CTX_set_session_id_context(x->ctx, id, sizeof id - 1);
+	if (options.early_data)         /* OpenSSL takes each ticket but once then */
+		(void)SSL_CTX_set_max_early_data(x->ctx, EARLY_MAX);
 	if (options.client_ca == NULL)
 		return x;
 	if (SSL_CTX_load_verify_locations(x->ctx, options.client_ca, NULL) != 1) {
@@ -4425,6 +4465,21 @@ static void use_ticket(SSL *ssl, const char *server)
 	ERR_clear_error();
 }
 
+/* How much may go as early data: by a ticket of a session that agreed to BSMTP. */
+static size_t early_room(const SSL *ssl)
+{
+	const SSL_SESSION *session = SSL_get0_session(ssl);
+	const unsigned char *name = NULL;
+	size_t len = 0;
+
+	if (!options.early_data || session == NULL)
+		return 0;
+	SSL_SESSION_get0_alpn_selected(session, &name, &len);
+	if (len != sizeof alpn_bsmtp - 1 || memcmp(name, alpn_bsmtp + 1, len) != 0)
+		return 0;
+	return min_size(SSL_SESSION_get_max_early_data(session), EARLY_MAX);
+}
+
 /* ---- sessions of TLS ---- */
 
 /* Octets that were read in the clear and are TLS already come before the socket's. */
@@ -4448,6 +4503,9 @@ static void link_end_tls(struct link *k)
 	if (k->tls == NULL)
 		return;
 	SSL_free(k->tls->ssl);
+	if (k->tls->kept != NULL)
+		OPENSSL_cleanse(k->tls->kept, k->tls->kept_len);
+	free(k->tls->kept);
 	free(k->tls);
 	k->tls = NULL;
 }
@@ -4478,6 +4536,7 @@ static bool link_accept_tls(struct link *k, struct tls_context *x, struct bsmtp_
 	SSL_set_bio(k->tls->ssl, from, to);
 	SSL_set_accept_state(k->tls->ssl);
 	k->tls->may = may;
+	k->tls->early = options.early_data && options.tls;
 	return true;
 }
 
@@ -4509,6 +4568,8 @@ static bool link_connect_tls(struct link *k, struct tls_context *x, const char *
 		(void)SSL_set_alpn_protos(k->tls->ssl, alpn_bsmtp, sizeof alpn_bsmtp);
 	if (options.tickets != NULL)
 		use_ticket(k->tls->ssl, server);
+	k->tls->early_left = alpn && !gated ? early_room(k->tls->ssl) : 0;
+	k->tls->early = k->tls->early_left > 0;
 	k->tls->gated = gated;
 	if (gated)
 		(void)SSL_do_handshake(k->tls->ssl);
@@ -4543,7 +4604,94 @@ static ssize_t link_handshake(struct link *k)
 		n = LINK_FAILED;
 	}
 	t->done = n > 0;
+	if (n > 0 && t->early && SSL_get_early_data_status(t->ssl) == SSL_EARLY_DATA_ACCEPTED)
+		t->kept_sent = t->kept_len;
+	t->early = t->early && n == LINK_AGAIN;
 	return n;
+}
+
+/* Whether octets may be written though the handshake is not complete. */
+static bool link_early(const struct link *k)
+{
+	return k->tls != NULL && k->tls->early;
+}
+
+/* Server: early data, in the clear now; 0 at its end: the handshake goes on. */
+static ssize_t link_read_early(struct link *k, char *in, size_t len)
+{
+	struct tls *t = k->tls;
+	size_t n = 0;
+	ssize_t result;
+
+	ERR_clear_error();
+	errno = 0;
+	switch (SSL_read_early_data(t->ssl, in, len, &n)) {
+	case SSL_READ_EARLY_DATA_SUCCESS:
+		return (ssize_t)n;
+	case SSL_READ_EARLY_DATA_FINISH:
+		t->early = false;
+		return 0;
+	default:
+		result = tls_result(t, 0, &t->reads, POLLIN);
+		t->dry = result == LINK_AGAIN;
+		return result == 0 ? LINK_FAILED : result;
+	}
+}
+
+/* The client keeps what it sends so; the server sends to one whose Finished is still
+ * to come. */
+static ssize_t write_early(struct tls *t, const char *out, size_t len)
+{
+	size_t n = 0;
+
+	if (!t->server) {
+		len = min_size(len, t->early_left);
+		if (t->kept == NULL)
+			t->kept = grow(NULL, EARLY_MAX);
+	}
+	if (len == 0)
+		return LINK_AGAIN;
+	ERR_clear_error();
+	errno = 0;
+	if (SSL_write_early_data(t->ssl, out, len, &n) != 1) {
+		ssize_t result = tls_result(t, 0, &t->writes, POLLOUT);
+		return result == 0 ? LINK_FAILED : result;
+	}
+	if (!t->server) {
+		memcpy(t->kept + t->kept_len, out, n);
+		t->kept_len += n;
+		t->early_left -= n;
+	}
+	return (ssize_t)n;
+}
+
+/* Early data that the server did not take: once more, 0 when all is gone. */
+static ssize_t link_send_again(struct link *k)
+{
+	struct tls *t = k->tls;
+
+	while (t->kept_sent < t->kept_len) {
+		ssize_t n = tls_result(t, SSL_write(t->ssl, t->kept + t->kept_sent,
+		    (int)(t->kept_len - t->kept_sent)), &t->writes, POLLOUT);
+		if (n <= 0)
+			return n == 0 ? LINK_FAILED : n;
+		t->kept_sent += (size_t)n;
+	}
+	return 0;
+}
+
+/* What came of early data, as words; NULL where there was none. */
+static const char *link_early_said(const struct link *k)
+{
+	if (k->tls->kept_len == 0)
+		return NULL;
+	return SSL_get_early_data_status(k->tls->ssl) == SSL_EARLY_DATA_ACCEPTED ? "accepted" :
+	    "not accepted: it is sent again";
+}
+
+static bool link_resumed(const struct link *k)
+{
+	return k->tls != NULL && SSL_session_reused(k->tls->ssl);
 }
 
 static uint64_t link_tls_written(const struct link *k)
@@ -4640,6 +4788,8 @@ static ssize_t tls_write(struct link *k, const char *out, size_t len)
 {
 	ssize_t n;
 
+	if (!k->tls->done && (k->tls->early || k->tls->server))
+		return write_early(k->tls, out, len);
 	ERR_clear_error();
 	errno = 0;
 	n = tls_result(k->tls, SSL_write(k->tls->ssl, out, (int)len), &k->tls->writes, POLLOUT);
@@ -4793,6 +4943,11 @@ static const char *link_version(const struct link *k) { (void)k; return NULL; }
 static bool link_agreed(const struct link *k) { (void)k; return false; }
 static bool link_peer_certified(const struct link *k) { (void)k; return false; }
 static void diag_tls(const struct link *k, const char *peer) { (void)k; (void)peer; }
+static bool link_early(const struct link *k) { (void)k; return false; }
+static ssize_t link_read_early(struct link *k, char *in, size_t len) { (void)k; (void)in; (void)len; return LINK_FAILED; }
+static ssize_t link_send_again(struct link *k) { (void)k; return 0; }
+static const char *link_early_said(const struct link *k) { (void)k; return NULL; }
+static bool link_resumed(const struct link *k) { (void)k; return false; }
 static bool link_pin_good(const struct link *k, const struct tls_context *x) { (void)k; (void)x; return true; }
 static ssize_t tls_read(struct link *k, char *in, size_t len) { (void)k; (void)in; (void)len; return LINK_FAILED; }
 static ssize_t tls_write(struct link *k, const char *out, size_t len) { (void)k; (void)out; (void)len; return LINK_FAILED; }
@@ -4858,12 +5013,48 @@ static void link_close(struct link *k)
 	k->in = k->out = -1;
 }
 
-static int start_connect(const struct sockaddr *sa, socklen_t len)
+/* TCP Fast Open (RFC 7413): the first octets go in the SYN, where the system can and
+ * knows the server's cookie. */
+static void hasten(int fd, bool listening)
+{
+	int length = listening ? 256 : 1;
+
+#if defined(__linux__) && defined(TCP_FASTOPEN) && defined(TCP_FASTOPEN_CONNECT)
+	(void)setsockopt(fd, IPPROTO_TCP, listening ? TCP_FASTOPEN : TCP_FASTOPEN_CONNECT, &length,
+	    sizeof length);
+#elif defined(TCP_FASTOPEN)
+	if (listening)
+		(void)setsockopt(fd, IPPROTO_TCP, TCP_FASTOPEN, &length, sizeof length);
+#else
+	(void)fd;
+	(void)length;
+#endif
+}
+
+/* A SYN, and the octets in it, may come twice.  Where it cannot be told, it may be so. */
+static bool link_had_syn_data(const struct link *k)
+{
+#if defined(__linux__) && defined(TCP_INFO)
+	enum { SYN_DATA = 32 };         /* TCPI_OPT_SYN_DATA, of the kernel's own header */
+	struct tcp_info info;
+	socklen_t len = sizeof info;
+
+	return options.fastopen && getsockopt(k->in, IPPROTO_TCP, TCP_INFO, &info, &len) == 0 &&
+	    (info.tcpi_options & SYN_DATA) != 0;
+#else
+	(void)k;
+	return options.fastopen;
+#endif
+}
+
+static int start_connect(const struct sockaddr *sa, socklen_t len, bool fast)
 {
 	int fd = socket(sa->sa_family, SOCK_STREAM, 0), saved;
 
 	if (fd < 0)
 		return -1;
+	if (fast && sa->sa_family != AF_UNIX)
+		hasten(fd, false);
 	if (set_flags(fd) && (connect(fd, sa, len) == 0 || errno == EINPROGRESS))
 		return fd;
 	saved = errno;
@@ -4880,6 +5071,7 @@ struct tries {
 	int64_t begun_us[TRIES];
 	nfds_t count;
 	int error;              /* of the last one that failed */
+	bool fast;
 };
 
 static void begin_try(struct tries *t, const struct addrinfo *address)
@@ -4887,7 +5079,7 @@ static void begin_try(struct tries *t, const struct addrinfo *address)
 	int fd;
 
 	t->begun_us[t->count] = now_us();
-	fd = start_connect(address->ai_addr, address->ai_addrlen);
+	fd = start_connect(address->ai_addr, address->ai_addrlen, t->fast);
 	if (fd < 0) {
 		t->error = errno;
 		return;
@@ -4917,11 +5109,12 @@ static int end_tries(struct tries *t, int64_t *took_us)
 }
 
 /* Tries all addresses, a new one each 250 ms and whenever one fails, in the
- * manner of RFC 8305; the first that answers wins, and *took_us is its time.
+ * manner of RFC 8305; the first that answers wins, and *took_us is its time.  `fast`:
+ * we shall speak first, so that what we say may go in the SYN.
  * Returns a socket, or -1 with errno. */
-static int connect_any(const struct addrinfo *next, int64_t timeout_us, int64_t *took_us)
+static int connect_any(const struct addrinfo *next, int64_t timeout_us, bool fast, int64_t *took_us)
 {
-	struct tries t = { .count = 0, .error = ETIMEDOUT };
+	struct tries t = { .count = 0, .error = ETIMEDOUT, .fast = fast };
 	int64_t end = now_us() + timeout_us, start_next = 0, now;
 	int won = -1;
 
@@ -5760,12 +5953,29 @@ struct delivery {
 	uint64_t ticket;
 	char *peer, *helo;
 	const char *protocol;
+	char *transid;          /* NULL: none, or its message is not ours to store */
+	enum bsmtp_answer answer;       /* given already: nothing is to be stored */
 };
 
 static struct delivery *next_of(const struct delivery *d)
 {
 	return (struct delivery *)(void *)d->job.next;
 }
+
+/* What TRANSIDs are known: a hash table in memory, the loop's, and on the disk a
+ * log, the committer's. */
+struct known {
+	struct known *next;
+	int64_t seconds;        /* since the Epoch, when it was stored; 0: not yet */
+	char id[BSMTP_TRANSID_MAX + 1];
+};
+
+struct memory {
+	struct known **buckets;
+	size_t room, count;
+	int log;                /* -1: there is none yet */
+	char path[PATH_MAX];    /* empty: the store keeps nothing */
+};
 
 struct store {
 	const struct store_row *row;
@@ -5775,6 +5985,7 @@ struct store {
 	uint64_t sequence;      /* of names made by this process */
 	uint64_t number;        /* eml: the last one taken */
 	size_t spooled;         /* octets of messages held in memory */
+	struct memory memory;
 	char host[64];
 };
 
@@ -5869,6 +6080,13 @@ static int put_in_spool(struct store *st, struct delivery *d, struct bsmtp_slice
 		return 0;
 	}
 	return spill(st, d) != 0 ? -1 : write_all(d->fd, text.at, text.len);
+}
+
+static uint64_t spool_size(const struct delivery *d)
+{
+	struct stat s;
+
+	return d->fd >= 0 && fstat(d->fd, &s) == 0 ? (uint64_t)s.st_size : d->spool_len;
 }
 
 static int put_text(struct store *st, struct delivery *d, struct bsmtp_slice text)
@@ -6179,6 +6397,196 @@ static bool sync_at_once(struct store *st)
 #endif
 }
 
+/* ---- TRANSIDs (protocol: RFC 1845's parameter) ---- */
+
+/* The log, lines that end in LF:
+ *
+ *	= SIZE			a group begins; the file that is appended to has SIZE
+ *	+ TIME ID PLACE NAME	this id's message is about to be there
+ *	- TIME ID		it is not there after all
+ *
+ * A group's lines are on the disk before any of its messages is: behind their data,
+ * but before they have their names, or before the file is appended to.  So the next
+ * start can tell for each of the last group which it is, or make it so: at no instant
+ * does a kill lose a message, or have it twice. */
+
+static struct known **memory_place(struct memory *m, const char *id)
+{
+	size_t hash = 5381;
+	struct known **at;
+
+	for (const char *p = id; *p != '\0'; p++)
+		hash = hash * 33 + (unsigned char)*p;
+	at = &m->buckets[hash % m->room];
+	while (*at != NULL && strcmp((*at)->id, id) != 0)
+		at = &(*at)->next;
+	return at;
+}
+
+static void memory_remove(struct memory *m, const char *id)
+{
+	struct known **at, *k;
+
+	if (m->room == 0)
+		return;
+	at = memory_place(m, id);
+	k = *at;
+	if (k == NULL)
+		return;
+	*at = k->next;
+	m->count--;
+	free(k);
+}
+
+static bool expired(const struct known *k, int64_t now)
+{
+	return k->seconds != 0 && k->seconds + (int64_t)(options.remember_ms / 1000) < now;
+}
+
+/* More room, and what is too old is forgotten. */
+static void memory_grow(struct memory *m)
+{
+	struct memory wide = *m;
+	int64_t now = (int64_t)time(NULL);
+
+	wide.room = m->room > 0 ? m->room * 2 : 256;
+	wide.count = 0;
+	wide.buckets = grow(NULL, wide.room * sizeof *wide.buckets);
+	memset(wide.buckets, 0, wide.room * sizeof *wide.buckets);
+	for (size_t i = 0; i < m->room; i++)
+		for (struct known *k = m->buckets[i], *next; k != NULL; k = next) {
+			struct known **at = memory_place(&wide, k->id);
+			next = k->next;
+			if (expired(k, now)) {
+				free(k);
+				continue;
+			}
+			k->next = NULL;
+			*at = k;
+			wide.count++;
+		}
+	free(m->buckets);
+	*m = wide;
+}
+
+static void memory_set(struct memory *m, const char *id, int64_t seconds)
+{
+	struct known **at;
+
+	if (m->count >= m->room)
+		memory_grow(m);
+	at = memory_place(m, id);
+	if (*at == NULL) {
+		*at = grow(NULL, offsetof(struct known, id) + strlen(id) + 1);
+		(*at)->next = NULL;
+		strcpy((*at)->id, id);
+		m->count++;
+	}
+	(*at)->seconds = seconds;
+}
+
+/* Whether a message with this id is to be stored; from now on it is under way. */
+static enum bsmtp_answer memory_begin(struct memory *m, const char *id)
+{
+	struct known *k = m->room > 0 ? *memory_place(m, id) : NULL;
+
+	if (k != NULL && k->seconds == 0)
+		return BSMTP_ANSWER_UNDER_WAY;
+	if (k != NULL && !expired(k, (int64_t)time(NULL)))
+		return BSMTP_ANSWER_DUPLICATE;
+	memory_set(m, id, 0);
+	return BSMTP_ANSWER_STORED;
+}
+
+static void memory_end(struct memory *m, const char *id, bool stored)
+{
+	if (stored)
+		memory_set(m, id, (int64_t)time(NULL));
+	else
+		memory_remove(m, id);
+}
+
+/* Opens the log and locks it for as long as we live; false with errno. */
+static bool log_open(struct memory *m, bool make)
+{
+	struct flock lock;
+
+	m->log = open(m->path, O_RDWR | O_CLOEXEC | (make ? O_CREAT : 0), 0600);
+	memset(&lock, 0, sizeof lock);
+	lock.l_type = F_WRLCK;
+	lock.l_whence = SEEK_SET;
+	if (m->log < 0)
+		return false;
+	if (fcntl(m->log, F_SETLK, &lock) == 0 && (!make || sync_parent(m->path) == 0) &&
+	    lseek(m->log, 0, SEEK_END) >= 0)
+		return true;
+	close(m->log);
+	m->log = -1;
+	return false;
+}
+
+/* Appends lines, whole or not at all. */
+static int log_put(struct memory *m, const char *text, size_t len)
+{
+	off_t before;
+
+	if (m->log < 0 && !log_open(m, true)) {
+		if (errno == EACCES || errno == EAGAIN)
+			diag("%s: another listener remembers there", m->path);
+		return -1;
+	}
+	before = lseek(m->log, 0, SEEK_CUR);
+	if (write_all(m->log, text, len) == 0 && fdatasync(m->log) == 0)
+		return 0;
+	(void)!ftruncate(m->log, before);
+	(void)lseek(m->log, before, SEEK_SET);
+	return -1;
+}
+
+/* Notes a group that is about to be stored.  Where that fails, nothing of it may be
+ * stored that has an id. */
+static void remember_group(struct store *st, struct delivery *group, off_t size)
+{
+	off_t end = size;
+	size_t len, count = 0;
+	char *text = NULL;
+	FILE *f = NULL;
+	int done;
+
+	for (const struct delivery *d = group; d != NULL; d = next_of(d))
+		count += d->transid != NULL && d->error == 0;
+	if (count == 0 || st->memory.path[0] == '\0')
+		return;
+	f = open_memstream(&text, &len);
+	if (f != NULL)
+		fprintf(f, "= %lld\n", (long long)size);
+	for (const struct delivery *d = group; d != NULL && f != NULL; d = next_of(d)) {
+		end += st->row->publish == NULL ? (off_t)spool_size(d) : 0;
+		if (d->transid != NULL && d->error == 0 && st->row->publish == NULL)
+			fprintf(f, "+ %lld %s @ %lld\n", (long long)time(NULL), d->transid, (long long)end);
+		else if (d->transid != NULL && d->error == 0)
+			fprintf(f, "+ %lld %s %s %s\n", (long long)time(NULL), d->transid, d->tmp, d->name);
+	}
+	done = f == NULL || fclose(f) != 0 || (st->tmp_dir >= 0 && fsync(st->tmp_dir) != 0) ? -1 :
+	    log_put(&st->memory, text, len);
+	for (struct delivery *d = group; d != NULL && done != 0; d = next_of(d))
+		if (d->transid != NULL && d->error == 0)
+			d->error = errno;
+	free(text);
+}
+
+/* It was noted, and is not stored.  Before anything is undone the disk must know. */
+static void unremember(struct store *st, const struct delivery *d)
+{
+	char line[BSMTP_TRANSID_MAX + 40];
+	int n;
+
+	if (d->transid == NULL || st->memory.path[0] == '\0' || st->memory.log < 0)
+		return;
+	n = snprintf(line, sizeof line, "- %lld %s\n", (long long)time(NULL), d->transid);
+	(void)log_put(&st->memory, line, (size_t)n);
+}
+
 static void close_files(struct delivery *d)
 {
 	if (d->fd >= 0 && close(d->fd) != 0 && d->error == 0)
@@ -6188,17 +6596,17 @@ static void close_files(struct delivery *d)
 	d->fd = d->side = -1;
 }
 
-static void commit_file(struct store *st, struct delivery *d, bool synced)
+static void commit_file(struct store *st, struct delivery *d)
 {
-	bool side = d->side >= 0;
+	bool side = d->side >= 0, noted = d->error == 0;
 
-	if (d->error == 0 && !synced && (fsync(d->fd) != 0 || (side && fsync(d->side) != 0)))
-		d->error = errno;
 	close_files(d);
 	if (d->error == 0 && st->row->publish(st, d) != 0)
 		d->error = errno;
 	if (d->error == 0)
 		return;
+	if (noted)
+		unremember(st, d);
 	(void)unlinkat(st->tmp_dir, d->tmp, 0);
 	if (side)
 		forget_envelope(st, d);
@@ -6214,14 +6622,19 @@ static void commit_files(struct store *st, struct delivery *group)
 		if (st->row->prepare != NULL && st->row->prepare(st, d) != 0)
 			d->error = errno;
 	synced = count > FEW && sync_at_once(st);
+	for (struct delivery *d = group; d != NULL && !synced; d = next_of(d))
+		if (d->error == 0 && (fsync(d->fd) != 0 || (d->side >= 0 && fsync(d->side) != 0)))
+			d->error = errno;
+	remember_group(st, group, 0);
 	for (struct delivery *d = group; d != NULL; d = next_of(d))
-		commit_file(st, d, synced);
+		commit_file(st, d);
 	if (fsync(st->new_dir) == 0)
 		return;
 	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
 		if (d->error != 0)
 			continue;
 		d->error = errno;               /* it will be sent again */
+		unremember(st, d);
 		(void)unlinkat(st->new_dir, d->name, 0);
 	}
 }
@@ -6367,13 +6780,6 @@ static const char *append_lead(const struct store *st, const struct append *a, c
 	return lead;
 }
 
-static uint64_t spool_size(const struct delivery *d)
-{
-	struct stat s;
-
-	return d->fd >= 0 && fstat(d->fd, &s) == 0 ? (uint64_t)s.st_size : d->spool_len;
-}
-
 static int append_one(struct append *a, const struct delivery *d, off_t *at)
 {
 	char copy[16 << 10];
@@ -6398,7 +6804,7 @@ static int append_group(struct store *st, struct append *a, struct delivery *gro
 	size_t lead_len = strlen(append_lead(st, a, lead, sizeof lead)), n;
 	uint64_t total = lead_len;
 	off_t at = a->size, good;
-	bool all = true;
+	bool all = true, less = false;
 
 	for (const struct delivery *d = group; d != NULL; d = next_of(d))
 		total += spool_size(d);
@@ -6409,11 +6815,17 @@ static int append_group(struct store *st, struct append *a, struct delivery *gro
 		memcpy(head + n, group->spool, more);
 		n += more;
 	}
-	if (append_note(a, total, head, n) != 0 || fdatasync(a->tail) != 0 ||
-	    put_at(a->fd, lead, lead_len, &at) != 0)
+	if (append_note(a, total, head, n) != 0 || fdatasync(a->tail) != 0)
+		return -1;
+	remember_group(st, group, a->size + (off_t)lead_len);
+	if (put_at(a->fd, lead, lead_len, &at) != 0)
 		return -1;
 	good = at;
 	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
+		if (d->error != 0) {            /* its TRANSID could not be noted */
+			less = true;
+			continue;
+		}
 		if (all && append_one(a, d, &at) != 0)
 			all = false;
 		if (!all)
@@ -6426,7 +6838,7 @@ static int append_group(struct store *st, struct append *a, struct delivery *gro
 	if (fsync(a->fd) != 0)
 		return -1;
 	a->size = good;
-	return append_note(a, 0, "", 0) != 0 || (!all && fdatasync(a->tail) != 0) ? -1 : 0;
+	return append_note(a, 0, "", 0) != 0 || ((!all || less) && fdatasync(a->tail) != 0) ? -1 : 0;
 }
 
 static void commit_appended(struct store *st, struct delivery *group)
@@ -6448,6 +6860,8 @@ static void commit_appended(struct store *st, struct delivery *group)
 	append_close(&a);
 	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
 		d->error = d->error != 0 ? d->error : done != 0 ? errno : 0;
+		if (d->error != 0)
+			unremember(st, d);
 		close_files(d);
 	}
 }
@@ -6619,6 +7033,152 @@ static const struct store_row store_rows[] = {
 	[STORE_DISCARD] = { "discard", false, open_no_store, NULL, NULL, NULL, NULL, NULL, NULL },
 };
 
+/* ---- TRANSIDs, at the start ---- */
+
+/* What is read of the log. */
+struct recall {
+	struct store *st;
+	struct list last;       /* the last group's lines, and where the store is now */
+	uint64_t lines;
+	off_t size;
+};
+
+static void recall_line(struct recall *r, char *line)
+{
+	char id[BSMTP_TRANSID_MAX + 1];
+	long long seconds;
+
+	r->lines++;
+	if (line[0] == '=')
+		list_free(&r->last);
+	else if (sscanf(line, "+ %lld %80s", &seconds, id) == 2 && seconds > 0 &&
+	    bsmtp_transid_valid(slice_of(id))) {
+		memory_set(&r->st->memory, id, seconds);
+		list_add(&r->last, slice_of(line));
+	} else if (sscanf(line, "- %lld %80s", &seconds, id) == 2) {
+		memory_remove(&r->st->memory, id);
+	}
+}
+
+/* Reads the lines; one that is torn is cut off. */
+static int recall_lines(struct recall *r, int fd)
+{
+	char text[4096];
+	size_t len = 0;
+	off_t at = 0;
+	ssize_t n;
+
+	while ((n = pread(fd, text + len, sizeof text - 1 - len, at)) > 0) {
+		char *line = text, *lf;
+		at += n;
+		len += (size_t)n;
+		text[len] = '\0';
+		for (; (lf = memchr(line, '\n', len - (size_t)(line - text))) != NULL; line = lf + 1) {
+			*lf = '\0';
+			recall_line(r, line);
+		}
+		len -= (size_t)(line - text);
+		if (line == text && len == sizeof text - 1)
+			len = 0;                /* not ours */
+		memmove(text, line, len);
+	}
+	return n < 0 || (len > 0 && ftruncate(fd, at - (off_t)len) != 0) ? -1 : 0;
+}
+
+/* Whether a message of the last group is there; if it can be, it is put there now. */
+static bool recall_settle(struct recall *r, const char *line)
+{
+	struct delivery d;
+	long long end;
+
+	memset(&d, 0, sizeof d);
+	if (sscanf(line, "+ %*d %*s @ %lld", &end) == 1)
+		return end <= (long long)r->size;
+	if (r->st->row->publish == NULL || sscanf(line, "+ %*d %*s %175s %159s", d.tmp, d.name) != 2 ||
+	    strchr(d.tmp, '/') != NULL || strchr(d.name, '/') != NULL ||
+	    faccessat(r->st->tmp_dir, d.tmp, F_OK, 0) != 0)
+		return true;
+	if (r->st->row->publish(r->st, &d) != 0 && errno != EEXIST)
+		return false;
+	(void)unlinkat(r->st->tmp_dir, d.tmp, 0);
+	return true;
+}
+
+/* Writes the log anew, when most of it is about ids that are forgotten. */
+static int recall_compact(struct memory *m)
+{
+	struct memory fresh = { .log = -1 };
+	char *text = NULL;
+	size_t len = 0;
+	FILE *f = open_memstream(&text, &len);
+	int done = -1;
+
+	snprintf(fresh.path, sizeof fresh.path, "%.*s.new", (int)sizeof fresh.path - 5, m->path);
+	(void)unlink(fresh.path);
+	for (size_t i = 0; i < m->room && f != NULL; i++)
+		for (const struct known *k = m->buckets[i]; k != NULL; k = k->next)
+			fprintf(f, "+ %lld %s - -\n", (long long)k->seconds, k->id);
+	if (f != NULL && fclose(f) == 0 && log_put(&fresh, text, len) == 0 &&
+	    rename(fresh.path, m->path) == 0)
+		done = sync_parent(m->path);
+	free(text);
+	if (done != 0) {
+		if (fresh.log >= 0)
+			close(fresh.log);
+		return -1;
+	}
+	close(m->log);
+	m->log = fresh.log;
+	return 0;
+}
+
+/* What an earlier run has stored is known. */
+static int memory_open(struct store *st)
+{
+	struct recall r = { .st = st };
+	struct memory *m = &st->memory;
+	struct stat now;
+	int done = 0;
+
+	m->log = -1;
+	if (st->row->publish != NULL)
+		snprintf(m->path, sizeof m->path, "%s/transids", st->path);
+	else if (st->row->commit == commit_appended)
+		snprintf(m->path, sizeof m->path, "%s.transids", st->path);
+	if (m->path[0] == '\0' || !log_open(m, false))
+		return 0;               /* then, or none yet, or another listener's */
+	r.size = stat(st->path, &now) == 0 ? now.st_size : 0;
+	done = recall_lines(&r, m->log);
+	for (size_t i = 0; i < r.last.count && done == 0; i++) {
+		struct delivery d;
+		char id[BSMTP_TRANSID_MAX + 1];
+		if (recall_settle(&r, r.last.items[i]) || sscanf(r.last.items[i], "+ %*d %80s", id) != 1)
+			continue;
+		memset(&d, 0, sizeof d);
+		d.transid = id;
+		unremember(st, &d);
+		memory_remove(m, id);
+	}
+	if (done == 0 && r.last.count > 0 && st->new_dir >= 0)
+		done = fsync(st->new_dir);
+	if (done == 0 && r.lines > 2 * m->count + 1000)
+		done = recall_compact(m);
+	list_free(&r.last);
+	return done == 0 && lseek(m->log, 0, SEEK_END) < 0 ? -1 : done;
+}
+
+static void memory_free(struct memory *m)
+{
+	for (size_t i = 0; i < m->room; i++)
+		for (struct known *k = m->buckets[i], *next; k != NULL; k = next) {
+			next = k->next;
+			free(k);
+		}
+	free(m->buckets);
+	if (m->log >= 0)
+		close(m->log);
+}
+
 static int store_open(struct store *st, enum store_kind kind, const char *path)
 {
 	st->row = &store_rows[kind];
@@ -6628,7 +7188,7 @@ static int store_open(struct store *st, enum store_kind kind, const char *path)
 	for (char *p = st->host; *p != '\0'; p++)
 		if (!is_alnum(*p) && strchr(".-_", *p) == NULL)
 			*p = '_';
-	return st->row->open(st);
+	return st->row->open(st) != 0 ? -1 : memory_open(st);
 }
 
 static void store_close(struct store *st)
@@ -6639,6 +7199,7 @@ static void store_close(struct store *st)
 	for (size_t i = 0; i < COUNT(fds); i++)
 		if (fds[i] >= 0)
 			close(fds[i]);
+	memory_free(&st->memory);
 }
 
 static void delivery_free(struct store *st, struct delivery *d)
@@ -6651,6 +7212,7 @@ static void delivery_free(struct store *st, struct delivery *d)
 	free(d->from);
 	free(d->peer);
 	free(d->helo);
+	free(d->transid);
 	list_free(&d->to);
 	free(d);
 }
@@ -6695,6 +7257,8 @@ static void delivery_forget(struct store *st, struct delivery *d)
 {
 	if (d != NULL && d->fd >= 0 && d->tmp[0] != '\0')
 		(void)unlinkat(st->tmp_dir, d->tmp, 0);
+	if (d != NULL && d->transid != NULL && d->answer == BSMTP_ANSWER_STORED)
+		memory_end(&st->memory, d->transid, false);
 	delivery_free(st, d);
 }
 
@@ -6889,6 +7453,14 @@ static void json_key(FILE *f, const char *key, struct bsmtp_slice s)
 	json_string(f, s);
 }
 
+static void json_text_or_null(FILE *f, const char *key, const char *text)
+{
+	if (text != NULL)
+		json_key(f, key, slice_of(text));
+	else
+		fprintf(f, ",\"%s\":null", key);
+}
+
 static void json_begin(FILE *f, const char *event, int64_t start_us)
 {
 	fprintf(f, "{\"event\":\"%s\",\"time\":%.3f", event, (double)(now_us() - start_us) / 1e6);
@@ -7006,6 +7578,7 @@ struct letter {
 	uint64_t n, offset, position, octets;
 	int64_t start_us;
 	const char *source, *id, *from, *parameters;    /* behind the struct */
+	const char *transid;            /* likewise; NULL: none */
 	struct list own;                /* recipients of its header, or its envelope */
 	struct list own_parameters;     /* beside each, where it is the envelope */
 	const struct list *to;          /* these, or those of the command line */
@@ -7062,6 +7635,7 @@ struct sender {
 	char out[OUT_SIZE];
 	unsigned char due[DUE_SIZE];
 	char in[16 << 10];
+	char key[25];                   /* of --transid, in hex */
 	char raw[BSMTP_REPLY_LINE_MAX];         /* a line for print_raw() */
 	size_t raw_len;
 };
@@ -7149,13 +7723,48 @@ static const char *pack(char **at, const char *text)
 	return copy;
 }
 
+/* <number.key@host>: the key is this run's, the number the message's.  Of a name too
+ * long the last labels tell the most. */
+static void make_transid(const struct sender *s, char *out, size_t size)
+{
+	enum { HOST = 30 };
+	const char *host = s->config.helo;
+
+	while (strlen(host) > HOST && strchr(host, '.') != NULL)
+		host = strchr(host, '.') + 1;
+	snprintf(out, size, "<%llu.%s@%.*s>", (unsigned long long)s->n + 1, s->key, HOST, host);
+	if (!bsmtp_transid_valid(slice_of(out)))        /* an address literal */
+		snprintf(out, size, "<%llu.%s@localhost>", (unsigned long long)s->n + 1, s->key);
+}
+
+/* What TRANSID the next letter has: its own, or one that is made; true: the latter. */
+static bool choose_transid(const struct sender *s, const char *parameters, char *out, size_t size)
+{
+	struct bsmtp_slice list = slice_of(parameters);
+	struct bsmtp_parameter p;
+	ptrdiff_t n;
+
+	*out = '\0';
+	for (; (n = bsmtp_parameter_parse(&p, list.at, list.len)) > 0;
+	    list = slice(list.at + n, list.len - (size_t)n))
+		if (same(p.keyword, "TRANSID") && p.value.len < size) {
+			snprintf(out, size, "%.*s", (int)p.value.len, p.value.at);
+			return false;
+		}
+	if (options.transid)
+		make_transid(s, out, size);
+	return options.transid;
+}
+
 static struct letter *letter_new(struct sender *s)
 {
 	const char *source = s->operands.name, *from = envelope_sender(s);
-	const char *parameters = or_empty(s->input->envelope.from != NULL ?
+	const char *given = or_empty(s->input->envelope.from != NULL ?
 	    s->input->envelope.parameters : options.parameters);
+	char parameters[BSMTP_COMMAND_MAX], transid[BSMTP_TRANSID_MAX + 1];
+	bool named = choose_transid(s, given, transid, sizeof transid);
 	size_t size = sizeof(struct letter) + strlen(source) + strlen(s->header.id) + strlen(from) +
-	    strlen(parameters) + 4;
+	    strlen(given) + 2 * sizeof transid + 20;
 	struct letter *l = grow(NULL, size);
 	char *at = (char *)(l + 1);
 
@@ -7166,7 +7775,10 @@ static struct letter *letter_new(struct sender *s)
 	l->source = pack(&at, source);
 	l->id = pack(&at, s->header.id);
 	l->from = pack(&at, from);
+	snprintf(parameters, sizeof parameters, "%s%s%s", given, named ? " TRANSID=" : "",
+	    named ? transid : "");
 	l->parameters = pack(&at, parameters);
+	l->transid = *transid != '\0' ? pack(&at, transid) : NULL;
 	l->weight = size + 64;
 	address_letter(s, l);
 	list_free(&s->header.to);
@@ -7189,7 +7801,7 @@ static void report_json(struct sender *s, const struct letter *l,
 	json_key(stdout, "source", slice_of(l->source));
 	printf(",\"offset\":%llu", (unsigned long long)l->offset);
 	json_key(stdout, "id", slice_of(l->id));
-	fputs(",\"transid\":null", stdout);
+	json_text_or_null(stdout, "transid", l->transid);
 	json_key(stdout, "from", slice_of(l->from));
 	printf(",\"octets\":%llu,\"fate\":\"%s\",\"to\":[", (unsigned long long)l->octets,
 	    bsmtp_fate_name(e->fate));
@@ -7949,7 +8561,8 @@ static void count_turnaround(struct sender *s)
 
 static int64_t grace_length(const struct sender *s)
 {
-	int64_t scaled = 3 * s->connect_us + 200000;
+	/* A connection opened fast has measured nothing. */
+	int64_t scaled = 3 * s->connect_us + (options.fastopen ? 1000000 : 200000);
 
 	if (options.grace_given)
 		return (int64_t)options.grace_ms * 1000;
@@ -8016,6 +8629,16 @@ static void read_failed(struct sender *s, bool error)
 
 /* ---- TLS ---- */
 
+/* Sends what is to be sent; whether that is all gone. */
+static bool flushed(struct sender *s)
+{
+	size_t len;
+
+	flush_out(s);
+	(void)bsmtp_client_out(&s->client, &len);
+	return len == 0;
+}
+
 /* TLS did not come about: nothing of the mail has left. */
 static void no_tls(struct sender *s, const char *why)
 {
@@ -8025,6 +8648,23 @@ static void no_tls(struct sender *s, const char *why)
 	s->hopeless = true;
 	s->on.gave_up = s->on.broken = true;
 	session_over(s);
+}
+
+/* Early data that was not taken goes again: it fits into the socket's buffer. */
+static bool sent_again(struct sender *s, int64_t end)
+{
+	const char *said = link_early_said(&s->on.link);
+	ssize_t n;
+
+	if (said != NULL)
+		trace_note(&s->trace, "early data: %s", said);
+	while ((n = link_send_again(&s->on.link)) == LINK_AGAIN && now_us() < end) {
+		struct pollfd p = { s->on.link.in, link_events(&s->on.link, false, true), 0 };
+		(void)poll(&p, 1, 1000);
+	}
+	if (n < 0)
+		diag_tls(&s->on.link, s->peer);
+	return n == 0;
 }
 
 /* The handshake to its end, within the timeout; true when the link is secure. */
@@ -8054,10 +8694,11 @@ static bool shake_hands(struct sender *s)
 		(void)poll(&p, 1, (int)min_size((size_t)left / 1000 + 1, 3600000));
 	}
 	s->on.turned = false;
-	if (link_pin_good(&s->on.link, s->tls))
-		return true;
-	diag("%s: the certificate is not the one of --pin", s->peer);
-	return false;
+	if (!link_pin_good(&s->on.link, s->tls)) {
+		diag("%s: the certificate is not the one of --pin", s->peer);
+		return false;
+	}
+	return sent_again(s, end);
 }
 
 /* Whom the certificate must be for: --tls-name, else the host that was called. */
@@ -8083,21 +8724,37 @@ static bool start_tls_to_server(struct sender *s, bool gated)
 	return true;
 }
 
+/* The opening and as much of the stream as may go with the ClientHello: the ticket
+ * says that the server has agreed to BSMTP before. */
+static void send_early(struct sender *s)
+{
+	bool more = true;
+
+	s->trace.tls = true;
+	bsmtp_client_secured(&s->client, true);
+	while (more && flushed(s))
+		more = bsmtp_client_want(&s->client) != BSMTP_WANT_NOTHING && write_step(s);
+}
+
 /* TLS is complete: the session begins, or begins anew. */
 static bool secure(struct sender *s)
 {
-	bool agreed;
+	bool agreed, early = link_early(&s->on.link);
 
+	if (early)
+		send_early(s);
 	if (!shake_hands(s)) {
 		no_tls(s, NULL);
 		return false;
 	}
 	agreed = link_agreed(&s->on.link);
-	trace_note(&s->trace, "%s%s", or_empty(link_version(&s->on.link)), agreed ? ", agreed by ALPN" : "");
+	trace_note(&s->trace, "%s%s%s", or_empty(link_version(&s->on.link)),
+	    link_resumed(&s->on.link) ? ", resumed" : "", agreed ? ", agreed by ALPN" : "");
 	s->trace.tls = true;
-	bsmtp_client_secured(&s->client, agreed);
-	if (agreed)
-		report_opening(s, "alpn");
+	if (!early)
+		bsmtp_client_secured(&s->client, agreed);
+	if (agreed || early)
+		report_opening(s, agreed ? "alpn" : "remembered");
 	s->on.progress_us = now_us();
 	return true;
 }
@@ -8168,16 +8825,6 @@ static void wait_for_more(struct sender *s)
 		read_replies(s);
 	else if (n == 0 && until != 0 && now_us() >= until)
 		on_time(s);
-}
-
-/* Sends what is to be sent; whether that is all gone. */
-static bool flushed(struct sender *s)
-{
-	size_t len;
-
-	flush_out(s);
-	(void)bsmtp_client_out(&s->client, &len);
-	return len == 0;
 }
 
 static void show_progress(struct sender *s)
@@ -8381,11 +9028,18 @@ static void end_command(struct sender *s)
 		diag("%s: ended by signal %d", s->peer, WTERMSIG(how));
 }
 
+static bool speaks_first(const struct sender *s)
+{
+	return options.tls || ((s->config.mode == BSMTP_MODE_BSMTP || s->config.mode == BSMTP_MODE_EARLY) &&
+	    !s->config.await_greeting);
+}
+
 static int dial_address(struct sender *s, const struct addrinfo *found)
 {
 	struct sockaddr_storage peer;
 	socklen_t len = sizeof peer;
-	int fd = connect_any(found, (int64_t)options.timeout_ms * 1000, &s->connect_us);
+	int fd = connect_any(found, (int64_t)options.timeout_ms * 1000, options.fastopen && speaks_first(s),
+	    &s->connect_us);
 
 	if (fd < 0) {
 		diag("%s: %s", options.server, strerror(errno));
@@ -8453,8 +9107,8 @@ static int hold_dialogue(struct sender *s)
 	if (status != EX_OK)
 		return status;
 	s->on.progress_us = now_us();
+	s->trace.tls = options.tls;     /* what is written first goes inside, too */
 	bsmtp_client_init(&s->client, &s->config, s->out, sizeof s->out, s->due, sizeof s->due);
-	s->trace.tls = false;
 	if (options.tls && start_tls_to_server(s, false))
 		(void)secure(s);
 	if (s->config.no_grace && s->config.mode == BSMTP_MODE_BSMTP && !s->config.await_greeting)
@@ -8579,6 +9233,20 @@ static int send_raw(struct sender *s)
 	return status;
 }
 
+/* Hexadecimal digits that nobody can guess. */
+static bool random_key(char *out, size_t size)
+{
+	unsigned char octets[64];
+	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+	bool good = fd >= 0 && read(fd, octets, size / 2) == (ssize_t)(size / 2);
+
+	for (size_t i = 0; good && i < size / 2; i++)
+		snprintf(out + 2 * i, 3, "%02x", octets[i]);
+	if (fd >= 0)
+		close(fd);
+	return good;
+}
+
 static int send_main(void)
 {
 	struct sender *s = grow(NULL, sizeof *s);
@@ -8607,7 +9275,10 @@ static int send_main(void)
 		.tap_context = &s->trace,
 	};
 	choose_mode(s);
-	if ((options.tls || options.starttls) && (s->tls = tls_client_context()) == NULL)
+	if (options.transid && !random_key(s->key, sizeof s->key)) {
+		diag("/dev/urandom: %s", strerror(errno));
+		status = EX_OSERR;
+	} else if ((options.tls || options.starttls) && (s->tls = tls_client_context()) == NULL)
 		status = EX_USAGE;
 	else
 		status = options.format == FORMAT_RAW ? send_raw(s) :
@@ -8639,7 +9310,7 @@ struct arrival {
 	struct arrival *next;
 	int64_t due_us;
 	size_t len, used;
-	bool eof;
+	bool eof, early;
 	char data[];
 };
 
@@ -8668,6 +9339,8 @@ struct session {
 	bool securing;                  /* behind what is owed, TLS begins */
 	bool opened_so;                 /* by BSMTP's opening, its octets behind it */
 	bool shaking;                   /* its handshake is under way */
+	bool begun;                     /* and early data has begun the dialogue */
+	bool syn_data;                  /* what comes first may have come in the SYN */
 	struct claim *claim;            /* a name and its password, at the verifier */
 	int64_t verdict_us;             /* when its refusal is told */
 	uint64_t verdict_ticket;
@@ -8817,6 +9490,7 @@ static void on_signal(int number)
 static bool session_flush(struct session *s);
 static size_t session_work(struct session *s, const char *in, size_t len);
 static void session_secure(struct session *s);
+static void session_take(struct session *s, const char *in, size_t len, bool early);
 static void claim_new(struct session *s, const struct bsmtp_server_event *e);
 
 static bool is_open(const struct session *s)
@@ -8842,7 +9516,10 @@ static void report_stored(struct session *s, struct delivery *d)
 
 	if (!options.json)
 		return;
-	name_stored(&l->store, d, path, sizeof path);
+	if (d->answer == BSMTP_ANSWER_DUPLICATE)
+		path[0] = '\0';         /* nobody remembers where */
+	else
+		name_stored(&l->store, d, path, sizeof path);
 	json_begin(stdout, "message", l->start_us);
 	printf(",\"n\":%llu", (unsigned long long)l->stored);
 	json_key(stdout, "peer", slice_of(d->peer));
@@ -8855,8 +9532,9 @@ static void report_stored(struct session *s, struct delivery *d)
 		fputs(i > 0 ? "," : "", stdout);
 		json_string(stdout, slice_of(d->to.items[i]));
 	}
-	printf("],\"octets\":%llu,\"transid\":null,\"duplicate\":false,\"file\":",
-	    (unsigned long long)d->octets);
+	printf("],\"octets\":%llu", (unsigned long long)d->octets);
+	json_text_or_null(stdout, "transid", d->transid);
+	printf(",\"duplicate\":%s,\"file\":", d->answer == BSMTP_ANSWER_DUPLICATE ? "true" : "false");
 	if (path[0] != '\0')
 		json_string(stdout, slice_of(path));
 	else
@@ -8881,6 +9559,8 @@ static void delivered(struct delivery *d)
 	struct listener *l = s->listener;
 	enum bsmtp_answer answer = answer_for(d);
 
+	if (d->transid != NULL)
+		memory_end(&l->store.memory, d->transid, answer == BSMTP_ANSWER_STORED);
 	if (answer == BSMTP_ANSWER_STORED) {
 		l->stored++;
 		s->messages++;
@@ -8903,6 +9583,19 @@ static void enough(struct listener *l)
 	    (options.count > 0 && l->stored + l->pending >= options.count);
 }
 
+/* Its TRANSID is known: what was sent is not stored, again or yet. */
+static void already_known(struct delivery *d)
+{
+	struct session *s = d->session;
+
+	if (d->answer == BSMTP_ANSWER_DUPLICATE)
+		report_stored(s, d);
+	bsmtp_server_settle(&s->server, d->ticket, d->answer);
+	free(d->transid);               /* another's, who settles it */
+	d->transid = NULL;
+	delivery_free(&s->listener->store, d);
+}
+
 static void message_whole(struct session *s, uint64_t ticket)
 {
 	struct delivery *d = s->current;
@@ -8910,6 +9603,10 @@ static void message_whole(struct session *s, uint64_t ticket)
 
 	s->current = NULL;
 	d->ticket = ticket;
+	if (d->answer != BSMTP_ANSWER_STORED) {
+		already_known(d);
+		return;
+	}
 	if (!delivery_end(&l->store, d)) {
 		delivered(d);
 		enough(l);
@@ -8934,6 +9631,10 @@ static void message_begin(struct session *s, const struct bsmtp_server_event *e)
 	d->helo = copy_slice(slice_of(s->helo != NULL ? s->helo : "unknown"));
 	d->protocol = hello == BSMTP_VERB_BSMTP ? "BSMTP" : hello == BSMTP_VERB_EHLO ? "ESMTP" : "SMTP";
 	d->utf8 = e->utf8;
+	if (e->transid.len > 0) {
+		d->transid = copy_slice(e->transid);
+		d->answer = memory_begin(&s->listener->store.memory, d->transid);
+	}
 	s->current = d;
 }
 
@@ -8983,12 +9684,42 @@ static unsigned peer_flags(const struct session *s)
 	    (s->local ? BSMTP_PEER_LOCAL : 0u);
 }
 
+/* The dialogue begins under TLS, which the engine has not seen begin. */
+static void session_begin(struct session *s, unsigned more)
+{
+	bsmtp_server_init(&s->server, &s->listener->config, peer_flags(s) | BSMTP_PEER_TLS | more,
+	    s->few, COUNT(s->few));
+	s->server.tap_context = &s->trace;
+	s->trace.tls = s->begun = true;
+}
+
+/* Reads early data as far as it has come; whether the handshake can go on. */
+static bool session_early(struct session *s)
+{
+	struct listener *l = s->listener;
+	ssize_t n;
+
+	while ((n = link_read_early(&s->link, l->in, sizeof l->in)) > 0) {
+		if (!s->begun)
+			session_begin(s, BSMTP_PEER_EARLY);
+		session_take(s, l->in, (size_t)n, true);
+		if (!is_open(s))
+			return false;
+	}
+	if (n == 0 && s->begun)
+		(void)session_flush(s);         /* with our part of the handshake */
+	return n != LINK_AGAIN && is_open(s);
+}
+
 /* One step of the handshake.  Under TLS from the first octet the greeting follows it. */
 static void session_shake(struct session *s)
 {
-	bool implicit = bsmtp_server_hello(&s->server) == BSMTP_VERB_CONNECT && !s->securing;
-	ssize_t n = link_handshake(&s->link);
+	bool implicit = !s->securing;
+	ssize_t n;
 
+	if (link_early(&s->link) && !session_early(s))
+		return;
+	n = link_handshake(&s->link);
 	if (n == LINK_AGAIN)
 		return;
 	if (n == LINK_FAILED) {
@@ -8999,12 +9730,11 @@ static void session_shake(struct session *s)
 	s->shaking = s->securing = false;
 	s->trace.tls = true;
 	trace_note(&s->trace, "%s", or_empty(link_version(&s->link)));
-	if (implicit)
-		bsmtp_server_init(&s->server, &s->listener->config, peer_flags(s) | BSMTP_PEER_TLS,
-		    s->few, COUNT(s->few));
-	else
+	if (!implicit)
 		bsmtp_server_secured(&s->server, peer_flags(s));
-	s->server.tap_context = &s->trace;
+	else if (!s->begun)
+		session_begin(s, 0);
+	bsmtp_server_early(&s->server, false);
 	(void)session_work(s, "", 0);
 	(void)session_flush(s);
 }
@@ -9059,7 +9789,7 @@ static bool session_flush(struct session *s)
 {
 	struct listener *l = s->listener;
 
-	while (is_open(s) && !s->lingering && !s->shaking) {
+	while (is_open(s) && !s->lingering && (!s->shaking || s->begun)) {
 		bool closed = false;
 		const char *out = s->out != NULL ? s->out + s->out_sent : l->out;
 		size_t len = s->out != NULL ? s->out_len - s->out_sent :
@@ -9091,7 +9821,7 @@ static bool session_flush(struct session *s)
 		free(s->out);
 		s->out = NULL;
 		if (len == 0) {
-			if (s->ending && bsmtp_server_owed(&s->server) == 0)
+			if (s->ending && !s->shaking && bsmtp_server_owed(&s->server) == 0)
 				linger(s);
 			else if (s->securing && bsmtp_server_owed(&s->server) == 0)
 				session_secure(s);
@@ -9128,7 +9858,10 @@ static void on_server_event(struct session *s, struct bsmtp_server_event *e)
 		list_add(&s->current->to, e->text);
 		break;
 	case BSMTP_SERVER_TEXT:
-		delivery_text(&l->store, s->current, e->text);
+		if (s->current->answer == BSMTP_ANSWER_STORED)
+			delivery_text(&l->store, s->current, e->text);
+		else
+			s->current->octets += e->text.len;
 		break;
 	case BSMTP_SERVER_MESSAGE:
 		message_whole(s, e->ticket);
@@ -9155,7 +9888,7 @@ static void on_server_event(struct session *s, struct bsmtp_server_event *e)
 
 static bool may_work(const struct session *s)
 {
-	return is_open(s) && !s->ending && !s->securing && !s->shaking && s->resume_us == 0 &&
+	return is_open(s) && !s->ending && !s->securing && (!s->shaking || s->begun) && s->resume_us == 0 &&
 	    s->claim == NULL && s->verdict_us == 0 &&
 	    s->listener->pending < s->listener->group_max && (options.cut_messages == 0 ||
 	    s->messages + s->pending < options.cut_messages);
@@ -9186,7 +9919,8 @@ static size_t session_work(struct session *s, const char *in, size_t len)
 	return s->ending ? len : used;
 }
 
-static void keep_arrival(struct session *s, const char *in, size_t len, int64_t due, bool eof)
+static void keep_arrival(struct session *s, const char *in, size_t len, int64_t due, bool eof,
+    bool early)
 {
 	struct arrival *a = grow(NULL, sizeof *a + len);
 
@@ -9195,6 +9929,7 @@ static void keep_arrival(struct session *s, const char *in, size_t len, int64_t 
 	a->len = len;
 	a->used = 0;
 	a->eof = eof;
+	a->early = early;
 	if (len > 0)
 		memcpy(a->data, in, len);
 	*s->last = a;
@@ -9218,7 +9953,9 @@ static void work_arrivals(struct session *s)
 
 	while (s->first != NULL && s->first->due_us <= now && may_work(s)) {
 		struct arrival *a = s->first;
-		size_t used = session_work(s, a->data + a->used, a->len - a->used);
+		size_t used;
+		bsmtp_server_early(&s->server, a->early);
+		used = session_work(s, a->data + a->used, a->len - a->used);
 		if (!is_open(s))        /* gone, and what was kept with it */
 			return;
 		a->used += used;
@@ -9234,10 +9971,37 @@ static void work_arrivals(struct session *s)
 	}
 }
 
+/* Acts on what has come, or keeps it until it can or may; `early`: somebody may be
+ * repeating it. */
+static void session_take(struct session *s, const char *in, size_t len, bool early)
+{
+	size_t used = 0;
+
+	s->progress_us = now_us();
+	if (s->answered && len > 0 && s->first == NULL)
+		s->turnarounds++;
+	s->answered = false;
+	s->eof = len == 0;
+	s->received += (uint64_t)len;
+	if (s->first == NULL && options.latency_ms == 0) {
+		bsmtp_server_early(&s->server, early);
+		used = session_work(s, in, len);
+	}
+	if (!is_open(s))
+		return;
+	if (used < len || (len == 0 && (s->first != NULL || options.latency_ms > 0)))
+		keep_arrival(s, in + used, len - used, options.latency_ms > 0 ?
+		    now_us() + (int64_t)options.latency_ms * 1000 : 0, len == 0, early);
+	else if (len == 0)
+		session_eof(s);
+	if (options.cut_octets > 0 && s->received >= options.cut_octets)
+		session_gone(s);
+}
+
 static void session_read(struct session *s)
 {
 	struct listener *l = s->listener;
-	size_t most = sizeof l->in, used = 0;
+	size_t most = sizeof l->in;
 	ssize_t n;
 
 	if (s->shaking) {
@@ -9262,22 +10026,8 @@ static void session_read(struct session *s)
 			session_gone(s);
 		return;
 	}
-	if (s->answered && n > 0 && s->first == NULL)
-		s->turnarounds++;
-	s->answered = false;
-	s->eof = n == 0;
-	s->received += (uint64_t)n;
-	if (s->first == NULL && options.latency_ms == 0)
-		used = session_work(s, l->in, (size_t)n);
-	if (!is_open(s))
-		return;
-	if (used < (size_t)n || (n == 0 && (s->first != NULL || options.latency_ms > 0)))
-		keep_arrival(s, l->in + used, (size_t)n - used, options.latency_ms > 0 ?
-		    now_us() + (int64_t)options.latency_ms * 1000 : 0, n == 0);
-	else if (n == 0)
-		session_eof(s);
-	if (options.cut_octets > 0 && s->received >= options.cut_octets)
-		session_gone(s);
+	session_take(s, l->in, (size_t)n, s->syn_data);
+	s->syn_data = false;
 }
 
 /* ---- who it is ---- */
@@ -9398,6 +10148,7 @@ static void session_new(struct listener *l, struct link link, const struct socka
 	snprintf(s->trace.who, sizeof s->trace.who, "%.90s ", s->peer);
 	s->local = sa->sa_family == AF_UNIX;
 	s->listed = is_allowed(sa, s->host);
+	s->syn_data = link_had_syn_data(&link);
 	bsmtp_server_init(&s->server, &l->config, peer_flags(s), s->few, COUNT(s->few));
 	s->server.tap_context = &s->trace;
 	if (l->session_count >= options.max_connections || (options.max_per_peer > 0 &&
@@ -9412,7 +10163,7 @@ static void session_new(struct listener *l, struct link link, const struct socka
 	if (!s->ending && options.tls)
 		session_accept_tls(s, slice("", 0));
 	else if (!s->ending && options.latency_ms > 0)
-		keep_arrival(s, "", 0, s->start_us + (int64_t)options.latency_ms * 1000, false);
+		keep_arrival(s, "", 0, s->start_us + (int64_t)options.latency_ms * 1000, false, false);
 	else
 		(void)session_work(s, "", 0);
 	(void)session_flush(s);
@@ -9508,6 +10259,8 @@ static bool listen_on(struct listener *l, const struct sockaddr *sa, socklen_t l
 	(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
 	if (sa->sa_family == AF_INET6)
 		(void)setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
+	if (options.fastopen && sa->sa_family != AF_UNIX)
+		hasten(fd, true);
 	if (!set_flags(fd) || bind(fd, sa, len) != 0 || listen(fd, SOMAXCONN) != 0) {
 		int saved = errno;
 		close(fd);
@@ -10051,7 +10804,7 @@ static int listen_main(void)
 
 	memset(l, 0, sizeof *l);
 	l->start_us = now_us();
-	l->store.dir = l->store.new_dir = l->store.tmp_dir = -1;
+	l->store.dir = l->store.new_dir = l->store.tmp_dir = l->store.memory.log = -1;
 	l->config = (struct bsmtp_server_config){
 		.hostname = options.hostname != NULL ? options.hostname : host_name(),
 		.max_size = options.max_size,
@@ -10476,6 +11229,7 @@ static const struct option_row option_rows[] = {
 	{ SEND, 0, "pin", "PIN", "sha256:HEX, the server's certificate instead of an authority", parse_text, &options.pin },
 	{ SEND, 0, "insecure", NULL, "take any certificate", parse_flag, &options.insecure },
 	{ SEND, 0, "tickets", "FILE", "keep TLS tickets there, and resume", parse_text, &options.tickets },
+	{ SEND, 0, "transid", NULL, "give each message an id: a retry is no duplicate", parse_flag, &options.transid },
 	{ SEND, 0, "user", "NAME", "who to authenticate as", parse_text, &options.user },
 	{ SEND, 0, "password-file", "FILE", "its first line is the password", parse_text, &options.password_file },
 	{ SEND, 0, "stop-after", "N", "give up after N refused messages", parse_positive, &options.stop_after },
@@ -10496,6 +11250,7 @@ static const struct option_row option_rows[] = {
 	{ LISTEN, 0, "max-recipients", "N", "recipients of a message (1000)", parse_some, &options.max_recipients },
 	{ LISTEN, 0, "max-connections", "N", "sessions at a time (1000)", parse_some, &options.max_connections },
 	{ LISTEN, 0, "max-per-peer", "N", "sessions at a time from one address (no limit)", parse_positive, &options.max_per_peer },
+	{ LISTEN, 0, "remember", "TIME", "how long TRANSIDs are known (7d)", parse_time, &options.remember_ms },
 	{ LISTEN, 0, "bare-newlines", "reject|normalize", "bodies with bare CR or LF (reject)", parse_newlines, &options.normalize },
 	{ LISTEN, 0, "count", "N", "stop after N messages", parse_positive, &options.count },
 	{ LISTEN, 0, "once", NULL, "stop after the first session", parse_flag, &options.once },
@@ -10511,6 +11266,8 @@ static const struct option_row option_rows[] = {
 	{ BOTH, 0, "starttls", NULL, "TLS begun by the opening, or by STARTTLS", parse_flag, &options.starttls },
 	{ BOTH, 0, "cert", "FILE", "our certificate, with its chain (PEM)", parse_text, &options.cert },
 	{ BOTH, 0, "key", "FILE", "its key (in the same file)", parse_text, &options.key },
+	{ BOTH, 0, "early-data", NULL, "with --tls: the stream in the first flight (needs --tickets)", parse_flag, &options.early_data },
+	{ BOTH, 0, "fastopen", NULL, "TCP Fast Open: octets in the SYN", parse_flag, &options.fastopen },
 	{ BOTH, 0, "timeout", "TIME", "silence allowed (5m)", parse_time, &options.timeout_ms },
 	{ BOTH, 0, "json", NULL, "one JSON object a line on standard output", parse_flag, &options.json },
 	{ BOTH, 'v', "trace", NULL, "the annotated transcript on standard error", parse_flag, &options.trace },
@@ -10662,6 +11419,8 @@ static int check_tls(void)
 	    options.tickets != NULL || options.ca != NULL || options.insecure || options.require_tls ||
 	    options.tls_name != NULL))
 		wrong = "without --tls or --starttls there are no certificates to speak of";
+	else if (options.early_data && !options.tls)
+		wrong = "--early-data: it is TLS from the first octet that has it: give --tls too";
 	else if (options.key != NULL && options.cert == NULL)
 		wrong = "--key: whose? give --cert too";
 	else if (options.pin != NULL && !is_pin(options.pin))
@@ -10706,9 +11465,14 @@ static int check_listen(void)
 static int check_send(void)
 {
 	int status = check_tls();
-
 	bool enveloped = options.format == FORMAT_AUTO || options.format == FORMAT_BATCH;
 
+	if (options.early_data && options.tickets == NULL) {
+		diag("--early-data: it takes a ticket: give --tickets FILE too");
+		return EX_USAGE;
+	}
+	/* What may be repeated by others must be known when it comes again. */
+	options.transid = options.transid || options.early_data || options.fastopen;
 	if (options.output != NULL && strcmp(options.output, "-") == 0 && options.json) {
 		diag("--output -: standard output is the batch: no --json");
 		return EX_USAGE;
@@ -11028,6 +11792,7 @@ static bool is_called(const char *path, const char *name)
 static void set_defaults(void)
 {
 	options.timeout_ms = 300000;
+	options.remember_ms = 7 * 86400000ull;
 	options.family = AF_UNSPEC;
 	options.fallback = BSMTP_MODES;
 	options.server = copy_slice(slice_of("localhost:2525"));

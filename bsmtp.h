@@ -83,6 +83,11 @@ ptrdiff_t bsmtp_number_parse(uint64_t *number, const char *in, size_t len);
 bool bsmtp_domain_valid(struct bsmtp_slice domain, bool utf8);
 bool bsmtp_mailbox_valid(struct bsmtp_slice mailbox, bool utf8);
 
+/* Whether the whole slice is a TRANSID's value, brackets and all: <token@token>, of
+ * atoms and dots, 80 octets at most (RFC 1845 4.1). */
+enum { BSMTP_TRANSID_MAX = 80 };
+bool bsmtp_transid_valid(struct bsmtp_slice id);
+
 /* Whether a mailbox, or any text, has octets over 127; and whether it is
  * well-formed UTF-8 (RFC 3629). */
 bool bsmtp_has_8bit(struct bsmtp_slice text);
@@ -596,6 +601,8 @@ enum bsmtp_answer {
 	BSMTP_ANSWER_NOT_ALLOWED,       /* 554 5.7.1 */
 	BSMTP_ANSWER_AUTH_FAILED,       /* 535 5.7.8, of AUTH */
 	BSMTP_ANSWER_AUTH_LATER,        /* 454 4.7.0, of AUTH */
+	BSMTP_ANSWER_DUPLICATE,         /* 250 2.0.0: its TRANSID is that of a stored one */
+	BSMTP_ANSWER_UNDER_WAY,         /* 451 4.3.0: of one that is not stored yet */
 	BSMTP_ANSWER_INTERNAL           /* the first of the engine's own */
 };
 
@@ -650,6 +657,7 @@ struct bsmtp_server_event {
 	enum bsmtp_server_event_type type;
 	struct bsmtp_slice text;
 	struct bsmtp_slice secret;
+	struct bsmtp_slice transid;     /* MAIL: with its brackets; empty: none */
 	uint64_t number;
 	uint64_t ticket;
 	bool utf8;              /* MAIL: with SMTPUTF8 */
@@ -702,7 +710,9 @@ enum {                          /* what is known of the peer */
 	BSMTP_PEER_ALLOWED = 1,         /* it may speak, BSMTP too */
 	BSMTP_PEER_GUEST = 2,           /* it may yet show who it is, by TLS or AUTH */
 	BSMTP_PEER_LOCAL = 4,           /* a local socket: AUTH needs no TLS there */
-	BSMTP_PEER_TLS = 8              /* TLS from the first octet */
+	BSMTP_PEER_TLS = 8,             /* TLS from the first octet */
+	BSMTP_PEER_EARLY = 16           /* what it says now may be somebody's replay:
+	                                 * TLS early data, octets in a SYN */
 };
 
 /* Begins a session; the greeting is queued.  `flags` are BSMTP_PEER_ bits: a peer
@@ -715,6 +725,10 @@ void bsmtp_server_init(struct bsmtp_server *server, struct bsmtp_server_config *
 /* TLS is established behind STARTTLS: the session begins anew, without a greeting
  * (RFC 3207 4.2); `flags` are what is known now. */
 void bsmtp_server_secured(struct bsmtp_server *server, unsigned flags);
+
+/* Early data is over, or begins: MAIL in it needs a TRANSID, for what comes twice
+ * must not be stored twice (RFC 8446 8). */
+void bsmtp_server_early(struct bsmtp_server *server, bool early);
 
 /* Moves the replies owed to other memory, of held_size places: at least as many
  * as bsmtp_server_owed() and the minimum. */

@@ -2017,6 +2017,20 @@ static void client_secure(void)
 	}
 }
 
+static void transids(void)
+{
+	static const struct { const char *id; bool valid; } ids[] = {
+		{ "<1.k@h>", true }, { "<a@b.c>", true }, { "<@h>", false }, { "<1@>", false }, { "<1.@h>", false }, { "<.1@h>", false },
+		{ "<1@h@i>", false }, { "1@h", false }, { "<1@h", false }, { "<1@h>>", false }, { "<\"a\"@h>", false }, { "<a=b@h>", false },
+		{ "<a/b@h>", false }, { "<a@[1]>", false }, { "<a b@h>", false }, { "<>", false }, { "", false }, { "<a\xC3\xA9@h>", false },
+		{ "<a@\"b\">", false },
+	};
+	for (size_t i = 0; i < COUNT(ids); i++)
+		ok(bsmtp_transid_valid(slice_of(ids[i].id)) == ids[i].valid, "transid", ids[i].id);
+	ok(bsmtp_transid_valid(repeated("<", 'x', BSMTP_TRANSID_MAX - 4, "@h>")) &&
+	    !bsmtp_transid_valid(repeated("<", 'x', BSMTP_TRANSID_MAX - 3, "@h>")), "transid", "80 octets and no more");
+}
+
 /* A reply that comes before anything was asked. */
 static void unasked_reply(void)
 {
@@ -2101,6 +2115,7 @@ static const struct server_case server_cases[] = {
 	    .flags = BSMTP_PEER_GUEST | BSMTP_PEER_TLS },
 	{ "accounts, behind TLS", { PLAIN, .starttls = true, .auth = true }, .held = 64, .flags = BSMTP_PEER_GUEST },
 	{ "a certificate may come", { PLAIN, .starttls = true }, .held = 64, .flags = BSMTP_PEER_GUEST },
+	{ "early", { PLAIN }, .held = 64, .flags = BSMTP_PEER_ALLOWED | BSMTP_PEER_TLS | BSMTP_PEER_EARLY },
 	{ "few extensions", { .hostname = "h", .max_size = 0, .max_recipients = 0, .keywords = BSMTP_KEY_PIPELINING }, .held = 64 },
 };
 
@@ -2193,6 +2208,7 @@ static void server_event(struct receiver *r, const struct bsmtp_server_event *e)
 		addf(r->l, "\n%s ", e->type == BSMTP_SERVER_HELLO ? bsmtp_verb_name(bsmtp_server_hello(&r->s)) :
 		    e->type == BSMTP_SERVER_MAIL ? "FROM" : e->type == BSMTP_SERVER_RCPT ? "TO" : "ABORT");
 		add_slice(r->l, e->text);
+		add_slice(r->l, e->transid);
 		addf(r->l, " %d%d\n", e->utf8, e->eightbit);
 		if (e->type == BSMTP_SERVER_MAIL && r->open)
 			abort();
@@ -2330,6 +2346,9 @@ static const struct { const char *name; struct bsmtp_slice in; } sessions[] = {
 	{ "AUTH LOGIN", S("EHLO c\r\nAUTH LOGIN\r\n*\r\nAUTH LOGIN\r\nYWw=\r\nMHA=\r\nAUTH LOGIN YWw=\r\nMXA=\r\n" SEND("b@x")
 	    "BDAT 2 LAST\r\n\r\nRSET\r\nQUIT\r\n") },
 	{ "AUTH that ends", S("EHLO c\r\nAUTH LOGIN\r\nYWw=\r\nMX") },
+	{ "ids", S("BSMTP c\r\nMAIL FROM:<a@x> TRANSID=<1.k@h>\r\nRCPT TO:<b@x>\r\nBDAT 2 LAST\r\n\r\n"
+	    "MAIL FROM:<a@x> TRANSID=<1.k@h\r\nMAIL FROM:<a@x> TRANSID\r\nMAIL FROM:<a@x> transid=<2@h>\r\n"
+	    "RCPT TO:<b@x>\r\nDATA\r\n.\r\nMAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nBDAT 2 LAST\r\n\r\nQUIT\r\n") },
 	{ "nothing", S("") }, { "TLS", S("\x16\x03\x01\x00\xA5\x01\x00\x00\n\xA1\x03") },
 };
 
@@ -2392,6 +2411,9 @@ static const struct { const char *with, *session, *codes; } answers[] = {
 	{ "accounts", "AUTH PLAIN", "220 503 250 530 504 504 501 501 535 235 503 250 250 250 221" }, { "accounts", "AUTH PLAIN, asked", "220 250 334 501 334 235 250 250 250" }, { "accounts", "AUTH LOGIN", "220 250 334 501 334 334 535 334 235 250 250 250 250 221" },
 	{ "accounts", "both framings", "220 250 530 503 503 354 503 530 503 503 503 250 530 354 503 503 500 500 221" }, { "accounts, behind TLS", "the opening with STARTTLS", "220 220 250 250 530 503 503 503 221" },
 	{ "a certificate may come", "the opening with STARTTLS", "220 220 250 250 554 503 503 503 221" }, { "a certificate may come", "both framings", "220 554" },
+	{ "plain", "ids", "220 250 250 250 250 501 501 250 250 354 250 250 250 250 221" },
+	{ "early", "ids", "220 250 250 250 250 501 501 250 250 354 250 450 503 503 221" },
+	{ "few extensions", "ids", "220 250 555 503 503 555 555 555 503 354 503 250 452 554 221" },
 	{ "few extensions", "both framings",
 	    "220 250 250 452 501 354 554 250 452 554 554 250 250 354 554 503 500 500 221" },
 };
@@ -2857,6 +2879,7 @@ int main(void)
 	client_streams();
 	client_in_full();
 	client_secure();
+	transids();
 	client_limits();
 	client_parameters();
 	unasked_reply();

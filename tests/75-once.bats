@@ -1,0 +1,292 @@
+#!/usr/bin/env bats
+# Once and only once: TRANSID, and what may be repeated by others: early data, octets
+# in a SYN.
+
+load lib
+
+make_certificate() {
+	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout key.pem \
+		-out cert.pem -days 2 -subj /CN=localhost \
+		-addext subjectAltName=DNS:localhost,IP:127.0.0.1 2>/dev/null
+}
+
+# A batch of N messages, each with its own TRANSID.
+make_batch() { make_mbox "$1" | "$BSMTP" send --transid --to bob@example.net -o batch; }
+
+# How many messages with each subject are stored by the listener of $store.
+count_subjects() {
+	case $store in
+	maildir) cat in/new/* ;;
+	eml) cat in/*.eml ;;
+	mbox | batch) cat in ;;
+	esac | tr -d '\r' | grep -a '^Subject: message ' | sort | uniq -c
+}
+
+@test "a message has an id, made of a key of the run and its number" {
+	start_listener --json --maildir in
+	make_mbox 2 | send --transid --json --to bob@example.net >sent.json
+	run -0 jq -r 'select(.event == "message") | .transid' sent.json
+	assert_line --index 0 --regexp '^<1\.[0-9a-f]{24}@[^>]+>$'
+	assert_line --index 1 --regexp '^<2\.[0-9a-f]{24}@[^>]+>$'
+	stop_listener
+	run -0 diff <(jq -r 'select(.event == "message") | .transid' sent.json) \
+		<(jq -r 'select(.event == "message") | .transid' listener.out)
+}
+
+@test "without --transid there is none" {
+	start_listener --json --maildir in
+	make_message | send --to bob@example.net --json >sent.json
+	stop_listener
+	assert_equal "$(jq -r 'select(.event == "message") | .transid' sent.json listener.out | sort -u)" null
+	[ ! -e in/transids ]
+}
+
+@test "what comes again is delivered, and stored once" {
+	make_batch 3
+	for store in maildir eml mbox batch; do
+		start_listener --json "--$store" in
+		send batch
+		send --json batch >sent.json
+		assert_equal "$(summary delivered)" 3
+		run -0 jq -r 'select(.event == "message") | .reply.text' sent.json
+		assert_line --index 2 'duplicate, already stored'
+		stop_listener
+		assert_equal "$(jq -c 'select(.event == "message") | [.duplicate, .file == null]' listener.out |
+			sort | uniq -c | tr -s ' ' | paste -sd,)" ' 3 [false,false], 3 [true,true]'
+		assert_equal "$(count_subjects | grep -c ' 1 Subject')" 3
+		# and by another run
+		start_listener "--$store" in
+		send batch
+		stop_listener
+		assert_equal "$(count_subjects | grep -c ' 1 Subject')" 3
+		rm -rf in in.*
+	done
+}
+
+@test "with --discard what comes again in the same run is known" {
+	make_batch 1
+	start_listener --json --discard
+	send batch
+	send batch
+	stop_listener
+	assert_equal "$(jq -c 'select(.event == "message") | .duplicate' listener.out | paste -sd,)" false,true
+}
+
+@test "an id is forgotten after --remember" {
+	make_batch 1
+	start_listener --maildir in --remember 1s
+	send batch
+	since=$(sed -n 's/^+ \([0-9]*\) .*/\1/p' in/transids)
+	old_enough() { [ "$(date +%s)" -gt $((since + 1)) ]; }
+	await old_enough
+	send batch
+	stop_listener
+	assert_equal "$(stored)" 2
+}
+
+@test "the same id, under way in another session, is put off" {
+	start_listener --maildir in
+	/usr/bin/python3 - "${address##*:}" <<-'EOF'
+	import socket, sys
+	def talk(text):
+	    s = socket.create_connection(('127.0.0.1', int(sys.argv[1])))
+	    f = s.makefile('rwb')
+	    f.write(text)
+	    f.flush()
+	    return f
+	def last(f, n):
+	    for _ in range(n):
+	        line = f.readline()
+	        while line[3:4] == b'-':
+	            line = f.readline()
+	    return line
+	first = talk(b'BSMTP a\r\nMAIL FROM:<a@x> TRANSID=<1.k@a>\r\nRCPT TO:<b@y>\r\nBDAT 3\r\nx\r\n')
+	assert last(first, 5).startswith(b'250')
+	second = talk(b'BSMTP a\r\nMAIL FROM:<a@x> TRANSID=<1.k@a>\r\nRCPT TO:<b@y>\r\nBDAT 2 LAST\r\n\r\n')
+	line = last(second, 5)
+	assert line.startswith(b'451 4.3.0'), line
+	first.write(b'BDAT 2 LAST\r\n\r\n')
+	first.flush()
+	assert last(first, 1).startswith(b'250'), line
+	second.write(b'MAIL FROM:<a@x> TRANSID=<1.k@a>\r\nRCPT TO:<b@y>\r\nBDAT 2 LAST\r\n\r\n')
+	second.flush()
+	line = last(second, 3)
+	assert line.startswith(b'250 2.0.0 duplicate'), line
+	EOF
+	assert_equal "$(stored)" 1
+}
+
+@test "a message given up in the middle leaves its id free" {
+	start_listener --maildir in
+	printf '%s\r\n' 'BSMTP a' 'MAIL FROM:<a@x> TRANSID=<7.k@a>' 'RCPT TO:<b@y>' 'BDAT 99' x |
+		"$BSMTP" send --server "$address" --format raw --timeout 1 >/dev/null || :
+	printf '%s\r\n' 'BSMTP a' 'MAIL FROM:<a@x> TRANSID=<7.k@a>' 'RCPT TO:<b@y>' 'BDAT 2 LAST' '' QUIT |
+		"$BSMTP" send --server "$address" --format raw >said
+	run -0 grep -c 'stored$' said
+	assert_equal "$(stored)" 1
+}
+
+# The listener is killed in the stream, again and again, each time when so many more
+# messages are reported delivered; then all is sent once more: each is there once.
+killed_and_retried() {
+	store=$1
+	local n=$((SCALE * 10)) round cut=0
+	make_batch "$n"
+	for round in 1 2 3 4 5 6 7 8; do
+		start_listener "--$store" in
+		send --json --timeout 20 batch 2>sent.err |
+			/usr/bin/python3 "$top/tests/tools/kill_after.py" "$listener_pid" $((n * round / 9)) &&
+			cut=$((cut + 1))
+		wait "$listener_pid" || :
+	done
+	assert_equal "$cut" 8
+	start_listener "--$store" in
+	send --json batch >sent.json
+	stop_listener
+	assert_equal "$(summary delivered)" "$n"
+	assert_equal "$(count_subjects | grep -c ' 1 Subject')" "$n"
+	assert_equal "$(count_subjects | wc -l)" "$n"
+}
+
+@test "killed again and again, a Maildir has each message once" { may_complain=1 killed_and_retried maildir; }
+@test "killed again and again, an mbox has each message once" { may_complain=1 killed_and_retried mbox; }
+@test "killed again and again, a batch has each message once" { may_complain=1 killed_and_retried batch; }
+@test "killed again and again, --eml has each message once" { may_complain=1 killed_and_retried eml; }
+
+@test "a second listener at the same store does not remember, and says so" {
+	may_complain=1
+	make_batch 1
+	start_listener --maildir in
+	send batch
+	first=$listener_pid
+	"$BSMTP" listen --address-file addr2 --maildir in 127.0.0.1:0 2>second.err 3>&- &
+	pids+=($!)
+	await test -s addr2
+	make_batch 1
+	run -75 "$BSMTP" send --server "$(cat addr2)" batch
+	assert_output --partial '451 4.3.0'
+	run -0 grep -c 'another listener remembers there' second.err
+	kill "$first"
+}
+
+@test "early data: the stream goes with the ClientHello, one turnaround in all" {
+	make_certificate
+	start_listener --tls --early-data --cert cert.pem --key key.pem --maildir in
+	make_message >message
+	send --tls --ca cert.pem --tickets ticket --early-data --to b@example.net -v message 2>first.err
+	assert_equal "$(stat -c %a ticket)" 600
+	send --tls --ca cert.pem --tickets ticket --early-data --to b@example.net --json -v message \
+		>sent.json 2>second.err
+	run -1 grep 'early data' first.err
+	run -0 grep -c 'early data: accepted' second.err
+	assert_equal "$(summary turnarounds)" 1
+	assert_equal "$(stored)" 2
+}
+
+@test "early data that is more than fits goes on behind the handshake" {
+	make_certificate
+	start_listener --tls --early-data --cert cert.pem --key key.pem --maildir in
+	make_message | send --tls --ca cert.pem --tickets ticket --early-data --to b@example.net
+	make_mbox 20 | send --tls --ca cert.pem --tickets ticket --early-data --to b@example.net -v --json \
+		>sent.json 2>sent.err
+	run -0 grep -c 'early data: accepted' sent.err
+	assert_equal "$(summary delivered)" 20
+	assert_equal "$(stored)" 21
+}
+
+@test "early data that is not taken is sent again: nothing lost, nothing doubled" {
+	make_certificate
+	start_listener --tls --early-data --cert cert.pem --key key.pem --maildir in
+	make_message | send --tls --ca cert.pem --tickets ticket --early-data --to b@example.net
+	stop_listener
+	start_listener --tls --early-data --cert cert.pem --key key.pem --maildir in
+	sed -i "1s/.*/$address/" ticket
+	make_mbox 20 | send --tls --ca cert.pem --tickets ticket --early-data --to b@example.net -v --json \
+		>sent.json 2>sent.err
+	run -0 grep -c 'early data: not accepted' sent.err
+	assert_equal "$(summary delivered)" 20
+	assert_equal "$(stored)" 21
+}
+
+@test "a flight of early data, repeated 100 times by somebody else, stores its message once" {
+	make_certificate
+	start_listener --tls --early-data --cert cert.pem --key key.pem --maildir in
+	make_message | send --tls --ca cert.pem --tickets ticket --early-data --to b@example.net
+	/usr/bin/python3 "$top/tests/tools/flight.py" "$address" 100 >relay 3>&- &
+	relay=$!
+	await test -s relay
+	sed -i "1s/.*/127.0.0.1:$(cat relay)/" ticket
+	make_message | "$BSMTP" send --server "127.0.0.1:$(cat relay)" --tls --ca cert.pem --tickets ticket \
+		--early-data --to b@example.net -v 2>sent.err
+	run -0 grep -c 'early data: accepted' sent.err
+	wait "$relay"
+	[ "$(tail -n 1 relay)" -gt 500 ]
+	assert_equal "$(stored)" 2
+}
+
+@test "without --early-data the listener takes none" {
+	make_certificate
+	start_listener --tls --cert cert.pem --key key.pem --maildir in
+	make_message | send --tls --ca cert.pem --tickets ticket --early-data --to b@example.net
+	make_message | send --tls --ca cert.pem --tickets ticket --early-data --to b@example.net -v 2>sent.err
+	run -1 grep 'early data' sent.err
+	run -0 grep -c resumed sent.err
+	assert_equal "$(stored)" 2
+}
+
+@test "--early-data needs --tls and --tickets" {
+	run -64 "$BSMTP" send --early-data --to b@example.net /dev/null
+	assert_output --partial '--tls'
+	run -64 "$BSMTP" send --tls --early-data --to b@example.net /dev/null
+	assert_output --partial '--tickets'
+	run -64 "$BSMTP" listen --early-data
+	assert_output --partial '--tls'
+}
+
+@test "TCP Fast Open: the message is in the SYN" {
+	cat >inside <<-'EOF'
+	set -e
+	ip link set lo up
+	sysctl -qw net.ipv4.tcp_fastopen=3
+	"$BSMTP" listen --fastopen --address-file addr --maildir in 127.0.0.1:0 &
+	listener=$!
+	until [ -s addr ]; do read -rt 0.02 <> <(:) || :; done
+	for n in 1 2; do
+		printf 'Subject: x\n\n' | "$BSMTP" send --fastopen --grace 0 -s "$(cat addr)" -f a@x --to b@y --json >sent.json
+	done
+	kill $listener
+	wait $listener
+	awk '/^TcpExt:/ { if (!seen++) split($0, names); else for (i = 2; i <= NF; i++)
+		if (names[i] ~ /^TCPFastOpen(Active|Passive)$/) print names[i], $i }' /proc/net/netstat
+	EOF
+	BSMTP=$BSMTP run -0 unshare -n bash inside
+	assert_line 'TCPFastOpenActive 1'
+	assert_line 'TCPFastOpenPassive 1'
+	assert_equal "$(stored)" 2
+	assert_equal "$(summary turnarounds)" 1
+}
+
+@test "TCP Fast Open: a transaction in the SYN needs a TRANSID" {
+	cat >inside <<-'EOF'
+	set -e
+	ip link set lo up
+	sysctl -qw net.ipv4.tcp_fastopen=3
+	"$BSMTP" listen --fastopen --address-file addr --maildir in 127.0.0.1:0 &
+	listener=$!
+	until [ -s addr ]; do read -rt 0.02 <> <(:) || :; done
+	printf 'Subject: x\n\n' | "$BSMTP" send --fastopen --grace 0 -s "$(cat addr)" -f a@x --to b@y
+	/usr/bin/python3 -c "
+	import socket
+	s = socket.socket()
+	host, port = open('addr').read().strip().rsplit(':', 1)
+	s.sendto(b'BSMTP a\r\nMAIL FROM:<a@x>\r\nRCPT TO:<b@y>\r\nBDAT 2 LAST\r\n\r\nQUIT\r\n',
+	    socket.MSG_FASTOPEN, (host, int(port)))
+	while octets := s.recv(4096):
+	    print(octets.decode(), end='')"
+	kill $listener
+	wait $listener
+	EOF
+	BSMTP=$BSMTP run -0 unshare -n bash inside
+	assert_output --partial '450 4.7.0'
+	assert_equal "$(stored)" 1
+}
