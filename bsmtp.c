@@ -219,10 +219,17 @@ ptrdiff_t bsmtp_number_parse(uint64_t *number, const char *in, size_t len)
 
 bool bsmtp_has_8bit(struct bsmtp_slice text)
 {
-	for (size_t i = 0; i < text.len; i++)
-		if (is_8bit(text.at[i]))
+	uint64_t eight;         /* octets at once, for every header comes this way */
+	size_t i = 0;
+
+	for (; text.len - i >= sizeof eight; i += sizeof eight) {
+		memcpy(&eight, text.at + i, sizeof eight);
+		if ((eight & 0x8080808080808080U) != 0)
 			return true;
-	return false;
+	}
+	while (i < text.len && !is_8bit(text.at[i]))
+		i++;
+	return i < text.len;
 }
 
 /* The octets of the UTF-8 sequence at the head of s, 0 if it is none: no

@@ -353,6 +353,14 @@ static void name_tables(void)
 		    shown(utf8s[i].in));
 		free(copy);
 	}
+	for (size_t len = 1; len < 20; len++)           /* one octet, at every place of every length */
+		for (size_t at = 0; at <= len; at++) {
+			char *copy = exact("abcdefghijklmnopqrst", len);
+			if (at < len)
+				copy[at] = '\x80';
+			ok(bsmtp_has_8bit(slice(copy, len)) == (at < len), "8-bit octet", shown(slice(copy, len)));
+			free(copy);
+		}
 	for (size_t i = 0; i < COUNT(domains); i++) {
 		char *copy = exact(domains[i].in.at, domains[i].in.len);
 		s = slice(copy, domains[i].in.len);
