@@ -229,3 +229,17 @@ PY
 		assert [ "$(awk '/^VmHWM/ { print $2 }' "/proc/$listener_pid/status")" -lt 20000 ]
 	fi
 }
+
+@test "the window is large where the system grants it, and the system's own elsewhere" {
+	start_listener --discard
+	run ss -tlnmH "sport = :${address##*:}"
+	[[ $output =~ ,rb([0-9]+) ]]
+	window=${BASH_REMATCH[1]}
+	read -r granted </proc/sys/net/core/rmem_max
+	read -r _ default _ </proc/sys/net/ipv4/tcp_rmem
+	if [ "$granted" -ge $((2 << 20)) ]; then
+		[ "$window" -ge $((4 << 20)) ]
+	else
+		assert_equal "$window" "$default"
+	fi
+}
