@@ -40,6 +40,9 @@ check: bsmtp build/unit build/bsmtp-asan build/bsmtp-torture
 bench: bsmtp
 	tests/bench/bench
 
+bench-quick: bsmtp
+	tests/bench/bench quick
+
 fuzz:
 	tests/fuzz/run.sh $${FUZZ_SECONDS:-60}
 
@@ -73,4 +76,4 @@ dist:
 	v=$$(sed -n 's/.*BSMTP_VERSION "\(.*\)"/\1/p' bsmtp.h) && \
 	git archive --prefix=bsmtp-$$v/ -o bsmtp-$$v.tar.gz HEAD
 
-.PHONY: all check bench fuzz lint demo install uninstall clean dist
+.PHONY: all check bench bench-quick fuzz lint demo install uninstall clean dist
