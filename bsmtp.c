@@ -6825,6 +6825,9 @@ static int append_group(struct store *st, struct append *a, struct delivery *gro
 		size_t more = min_size(sizeof head - n, group->spool_len);
 		memcpy(head + n, group->spool, more);
 		n += more;
+	} else {
+		ssize_t more = pread(group->fd, head + n, sizeof head - n, 0);
+		n += more > 0 ? (size_t)more : 0;
 	}
 	if (append_note(a, total, head, n) != 0 || fdatasync(a->tail) != 0)
 		return -1;
