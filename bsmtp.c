@@ -6236,7 +6236,7 @@ static void print_batch_head(FILE *f, const struct store *st, const struct deliv
 {
 	(void)st;
 	(void)now;
-	fprintf(f, "MAIL FROM:<%s> BODY=8BITMIME%s\r\n", d->from, d->utf8 ? " SMTPUTF8" : "");
+	fprintf(f, "MAIL FROM:<%s>%s\r\n", d->from, d->utf8 ? " SMTPUTF8" : "");
 	for (size_t i = 0; i < d->to.count; i++)
 		fprintf(f, "RCPT TO:<%s>\r\n", d->to.items[i]);
 	fputs("DATA\r\n", f);
@@ -8269,14 +8269,14 @@ static bool names_parameter(const char *list, const char *name)
 	return false;
 }
 
-/* The transaction of the current letter, for a batch, to recipients i to `end`:
- * nobody says what is offered, RFC 2442 has 8BITMIME. */
+/* The transaction of the current letter, for a batch, to recipients i to `end`.
+ * Nobody says what is offered, and Exim's -bS takes no parameter at all: there are
+ * those of the input, and what cannot be left out. */
 static void print_letter(const struct sender *s, FILE *f, size_t i, size_t end)
 {
 	const struct letter *l = s->current;
 
-	fprintf(f, "MAIL FROM:<%s>%s%s%s\r\n", l->from, l->parameters,
-	    names_parameter(l->parameters, "BODY") ? "" : " BODY=8BITMIME",
+	fprintf(f, "MAIL FROM:<%s>%s%s\r\n", l->from, l->parameters,
 	    needs_utf8(s) && !names_parameter(l->parameters, "SMTPUTF8") ? " SMTPUTF8" : "");
 	for (; i < end; i++)
 		fprintf(f, "RCPT TO:<%s>%s\r\n", l->to->items[i], rcpt_parameters(l, i));
