@@ -8139,7 +8139,9 @@ static bool is_settled(const struct sender *s)
 
 static void on_error(struct sender *s, const struct bsmtp_client_event *e)
 {
-	if (is_settled(s)) {
+	/* Who has refused the session for good may well hang up then: what that leaves
+	 * undone shows in the messages' fates. */
+	if (is_settled(s) || (s->hopeless && e->error == BSMTP_E_CLOSED)) {
 		trace_note(&s->trace, "%s", bsmtp_error_text(e->error));
 		return;
 	}

@@ -177,6 +177,19 @@ now() { echo $((${EPOCHREALTIME/./} / 1000)); }
 	assert_equal "$(event session 1 listener.out)" 1
 }
 
+@test "an opening that is refused for good is 69, whatever was sent behind it" {
+	make_message >m
+	for greeting in '554 5.7.1 no' '220 x\r\n554 5.7.1 no'; do
+		for end in close eof; do
+			start_peer recv:DATA "send:$greeting\r\n" $end
+			sends -69 --mode early
+			assert_equal "$(fates)" '0 0 0 0 1'
+			assert_equal "$(grep -c 'refused the session: 554 5.7.1 no' <<<"$stderr")" 1
+			run -1 grep closed <<<"$stderr"
+		done
+	done
+}
+
 # --- peers, remembered
 
 # auto [-STATUS] OPTION...: with ./peers, if no other.
