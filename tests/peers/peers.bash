@@ -9,6 +9,7 @@
 PATH=$PATH:/usr/sbin:/sbin
 tools=$top/tests/tools
 fetched=$top/build/peers
+rows=${BATS_FILE_TMPDIR:-.}/rows    # of the table in bsmtp(7)
 
 needs_root() {
 	[ "$(id -u)" = 0 ] || skip 'a mail server is started by root'
@@ -99,7 +100,11 @@ start_postfix() {
 		smtpd_recipient_restrictions = check_recipient_access
 		 inline:{ {later@example.net = 450 4.2.1 later} }, reject_unlisted_recipient
 	END
-	[ "$1" != taught ] || echo "smtpd_command_filter = pcre:$PWD/etc/taught" >>etc/main.cf
+	peer_title='Postfix, as installed'
+	if [ "$1" = taught ]; then
+		echo "smtpd_command_filter = pcre:$PWD/etc/taught" >>etc/main.cf
+		peer_title='Postfix, taught BSMTP'
+	fi
 	shift
 	[ $# = 0 ] || printf '%s\n' "$@" >>etc/main.cf
 	serve run_postfix
@@ -216,6 +221,7 @@ start_exim() {
 		  return_path_add
 	END
 	serve run_exim
+	peer_title=Exim
 }
 run_exim() {
 	{ echo "primary_hostname = $peer_name" && cat root/var/lib/exim4/config; } \
@@ -230,6 +236,7 @@ start_opensmtpd() {
 	chmod 711 root/var/spool/smtpd
 	ln -s "$fetched/opensmtpd/usr/libexec" root/usr
 	serve run_opensmtpd
+	peer_title=OpenSMTPD
 }
 run_opensmtpd() {
 	cat >etc/smtpd.conf <<-END
@@ -247,6 +254,7 @@ start_smtp_sink() {
 	mkdir -p mail log
 	[ "$(id -u)" != 0 ] || { chown nobody mail && chmod a+x "$BATS_RUN_TMPDIR"; }
 	serve run_smtp_sink "$@"
+	peer_title=smtp-sink
 }
 run_smtp_sink() {
 	local options=("${@:1:$#-1}")
@@ -263,6 +271,24 @@ start_aiosmtpd() {
 	pids+=($!)
 	await test -s port
 	address=127.0.0.1:$(cat port)
+	peer_title='aiosmtpd, as it comes'
+	[ "$1" = no ] || peer_title='aiosmtpd, taught BSMTP'
+}
+
+# start_nodemailer yes|no: was it taught BSMTP?
+start_nodemailer() {
+	command -v npm >/dev/null || skip 'no npm'
+	"$tools/fetch-peers" nodemailer
+	rm -rf mail port
+	mkdir mail
+	NODE_PATH=$fetched/nodemailer/node_modules node "$top/tests/peers/nodemailer/server.js" \
+		"$1" mail >port 3>&- &
+	peer_pid=$!
+	pids+=($!)
+	await test -s port
+	address=127.0.0.1:$(cat port)
+	peer_title='nodemailer, as it comes'
+	[ "$1" = no ] || peer_title='nodemailer, taught BSMTP'
 }
 
 # start_pipeconnect: stands before the listener at $address, and takes that place.
@@ -312,4 +338,44 @@ check() {
 		return 1
 	}
 }
+
+# --- Rows of the table in bsmtp(7): tests/peers/table makes it of them.
+
+# manner OPTION...: of send, in words.
+manner() {
+	local mode=bsmtp rest=
+	while [ $# -gt 0 ]; do
+		case $1 in
+		--mode) mode=$2; shift ;;
+		--peers) shift ;;
+		--*) rest+=", ${1#--}" ;;
+		*) rest+=" $1" ;;
+		esac
+		shift
+	done
+	echo "$mode$rest"
+}
+
+# openings: what each connection got for its opening, by the trace on standard input:
+# the reply behind a greeting of 2yz, else the greeting itself.
+openings() {
+	awk '
+		function settle() { if (open) said = said (said ? ", " : "") code }
+		$2 == "===" && $3 == "connected" { settle(); open = 1; code = "close"; replies = 0 }
+		($2 == "<-" || $2 == "<**") && $3 ~ /^[0-9][0-9][0-9]$/ && code == "close" {
+			if (replies++ > 0 || $3 !~ /^2/)
+				code = $3
+		}
+		END { settle(); print said }'
+}
+
+# server_row STATUS OPTION...: of what check counted last.
+server_row() {
+	[ -z "$peer_title" ] || printf 'server\t%s\t%s\t%s\t%s\t%s\n' "$peer_title" "$(manner "${@:2}")" \
+		"$(openings <<<"$stderr")" "$(cat sent.json.counts)" "$1" >>"$rows"
+}
+
+# client_row CLIENT MANNER SENT STORED IDENTICAL: of the listener.
+client_row() { (IFS=$'\t' && echo "client	$*") >>"$rows"; }
+
 delivered_files() { find mail -type f ! -name '*.json' | wc -l; }
