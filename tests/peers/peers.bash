@@ -49,9 +49,9 @@ serve() {
 		peer_name=peer$RANDOM$try.example
 		"$@" "$port" >>said 2>&1 3>&- &
 		peer_pid=$!
+		pids+=("$peer_pid")
 		await greets_or_dead "$port"
 		if [ -n "$greeted" ]; then
-			pids+=("$peer_pid")
 			address=127.0.0.1:$port
 			return
 		fi
@@ -186,6 +186,8 @@ configure_exim() {
 			acl_smtp_rcpt = rcpt
 			acl_smtp_data = data
 			begin acl
+			hesitate:
+			  accept delay = 1s
 			rcpt:
 			  defer recipients = later@example.net
 			  message = 450 4.2.1 later
@@ -275,14 +277,14 @@ start_aiosmtpd() {
 	[ "$1" = no ] || peer_title='aiosmtpd, taught BSMTP'
 }
 
-# start_nodemailer yes|no: was it taught BSMTP?
+# start_nodemailer yes|no [SECONDS]: was it taught BSMTP?  It greets so much later.
 start_nodemailer() {
 	command -v npm >/dev/null || skip 'no npm'
 	"$tools/fetch-peers" nodemailer
 	rm -rf mail port
 	mkdir mail
 	NODE_PATH=$fetched/nodemailer/node_modules node "$top/tests/peers/nodemailer/server.js" \
-		"$1" mail >port 3>&- &
+		"$1" mail "${2:-0}" >port 3>&- &
 	peer_pid=$!
 	pids+=($!)
 	await test -s port

@@ -2,7 +2,9 @@
  * server.js - nodemailer's smtp-server, as it comes ("no") or taught the verb BSMTP
  * ("yes"); prints its port.
  *
- * usage: node server.js yes|no FOLDER
+ * usage: node server.js yes|no FOLDER SECONDS
+ *
+ * So many seconds go by before it greets.
  *
  * It keeps what it takes in the folder, N.eml with the envelope in N.json.  Of the
  * domain example.net it refuses the recipient no and puts off the recipient later; it
@@ -13,7 +15,7 @@ const fs = require('fs');
 const { SMTPServer } = require('smtp-server');
 const { SMTPConnection } = require('smtp-server/lib/smtp-connection');
 
-const [taught, folder] = process.argv.slice(2);
+const [taught, folder, seconds] = process.argv.slice(2);
 let count = 0;
 
 function refusal(responseCode, text) {
@@ -31,6 +33,9 @@ const server = new SMTPServer({
 	disabledCommands: ['AUTH', 'STARTTLS'],
 	disableReverseLookup: true,
 	logger: false,
+	onConnect(session, callback) {
+		setTimeout(callback, seconds * 1000);
+	},
 	onRcptTo({ address }, session, callback) {
 		callback({
 			'no@example.net': refusal(550, 'no such user'),
