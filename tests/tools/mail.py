@@ -4,7 +4,8 @@ usage: mail.py make N [SPICE]        N messages, no two alike, as an mbox; SPICE
                                      "refused", "later", "forbidden", strews them with
                                      recipients and subjects that a peer is told not to
                                      take; "burst": 11 to 30 have no other recipient;
-                                     "large": of a megabyte each
+                                     "large": of a megabyte each; "ended": none ends in
+                                     an empty line
        mail.py data OUT              Python's own test data: OUT/n.eml, OUT.mbox, OUT.maildir
        mail.py split MBOX DIR        its messages as DIR/n.eml
        mail.py same WANT GOT         the two hold the same messages, to the octet
@@ -88,6 +89,8 @@ def make(count, spice):
                 b"RSET", b"QUIT", b"MAIL FROM:<a@example.org>", b"line %d" % pick.randrange(1000),
                 "Grüße, 世界".encode(), b"x" * pick.choice([76, 512, 990]), b"trailing \t ",
             ]))
+        if "ended" in spice:
+            lines.append(b"the end")
         sys.stdout.buffer.write(b"\n".join(lines) + b"\n\n")
 
 
