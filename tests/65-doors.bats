@@ -425,7 +425,7 @@ help_options() { "$BSMTP" "$1" --help | grep -oE '^  .{4}--[a-z0-9-]+' | cut -c 
 		done <worded
 		completes '' bsmtp $verb --timeout ''
 	done
-	completes 'send listen version completion' bsmtp ''
+	completes 'send listen version passwd completion' bsmtp ''
 	completes listen bsmtp l
 	completes --peers bsmtp send --pe
 	completes lockstep bsmtp send --mode l
@@ -480,7 +480,7 @@ typed=('type:bmail send --mo\te\tfil\t\n' 'wait:[send][--mode][early][file 1.mbo
 	touch 'file 1.mbox'
 	# shellcheck disable=SC2016 # for fish
 	offers() { fish -N -c 'source complete.fish; complete -C $argv[1]' "$1" | cut -f 1 | xargs; }
-	assert_equal "$(offers 'bmail ')" 'completion listen send version'
+	assert_equal "$(offers 'bmail ')" 'completion listen passwd send version'
 	assert_equal "$(offers 'bmail send --mode ')" 'auto bsmtp early lockstep pipelining'
 	assert_equal "$(offers 'bmail send fil')" 'file 1.mbox'
 	assert_equal "$(offers 'bmail send --output fil')" 'file 1.mbox'
@@ -513,6 +513,8 @@ typed=('type:bmail send --mo\te\tfil\t\n' 'wait:[send][--mode][early][file 1.mbo
 				export "${name^^}=${value:-1}"
 				exec "$BSMTP" $verb "${rest[@]}" </dev/null >/dev/null 2>got.err
 			) || got=$?
+			# A certificate made for a run has a pin of its own.
+			sed -i 's/sha256:[0-9a-f]*$/sha256:/' want.err got.err
 			mapfile -t wanted <want.err
 			mapfile -t gotten <got.err
 			[ "$option" != --trace ] || gotten=() wanted=()         # they have times
