@@ -4156,6 +4156,7 @@ struct tls {
 	bool server, done;      /* the handshake is complete */
 	bool gated;             /* our first flight is out; what comes is not TLS yet */
 	bool may;               /* server: BSMTP may be agreed to by ALPN */
+	unsigned flights, answered;     /* client: of its handshake's */
 	const char *peer;       /* client: whose ticket it is */
 	char subject[256];      /* of the certificate that was not accepted */
 	short reads, writes;    /* what poll() is to wait for before the next try */
@@ -4550,6 +4551,21 @@ static bool link_accept_tls(struct link *k, struct tls_context *x, struct bsmtp_
 	return true;
 }
 
+/* Counts flights, and those that were answered. */
+static void count_flights(int sent, int version, int type, const void *at, size_t len, SSL *ssl,
+    void *context)
+{
+	struct tls *t = context;
+
+	(void)version, (void)at, (void)len, (void)ssl;
+	if (type != SSL3_RT_HANDSHAKE)
+		return;
+	if (!sent)
+		t->answered = t->flights;
+	else if (t->flights == t->answered)
+		t->flights++;
+}
+
 /* The client's side.  `name` is what the certificate must be for; `server` names the
  * peer for tickets and must outlive the link.  `gated`: the first flight goes out now,
  * and what comes is not TLS before link_open_gate(). */
@@ -4568,6 +4584,8 @@ static bool link_connect_tls(struct link *k, struct tls_context *x, const char *
 	}
 	SSL_set_bio(k->tls->ssl, from, to);
 	SSL_set_connect_state(k->tls->ssl);
+	SSL_set_msg_callback(k->tls->ssl, count_flights);
+	SSL_set_msg_callback_arg(k->tls->ssl, k->tls);
 	k->tls->peer = server;
 	if (literal)
 		(void)X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(k->tls->ssl), name);
@@ -4705,9 +4723,10 @@ static bool link_resumed(const struct link *k)
 	return k->tls != NULL && SSL_session_reused(k->tls->ssl);
 }
 
-static uint64_t link_tls_written(const struct link *k)
+/* How often the handshake has waited, or waits, for the peer. */
+static unsigned link_tls_turns(const struct link *k)
 {
-	return k->tls != NULL ? BIO_number_written(SSL_get_wbio(k->tls->ssl)) : 0;
+	return k->tls->done ? k->tls->answered : k->tls->flights;
 }
 
 static const char *link_tls_why(const struct link *k)
@@ -4948,7 +4967,7 @@ static bool link_accept_tls(struct link *k, struct tls_context *x, struct bsmtp_
 static bool link_connect_tls(struct link *k, struct tls_context *x, const char *name, const char *server, bool alpn, bool gated) { (void)k; (void)x; (void)name; (void)server; return alpn && gated && false; }
 static bool link_open_gate(struct link *k, struct bsmtp_slice held) { (void)k; (void)held; return false; }
 static ssize_t link_handshake(struct link *k) { (void)k; return LINK_FAILED; }
-static uint64_t link_tls_written(const struct link *k) { (void)k; return 0; }
+static unsigned link_tls_turns(const struct link *k) { (void)k; return 0; }
 static const char *link_tls_why(const struct link *k) { (void)k; return ""; }
 static const char *link_version(const struct link *k) { (void)k; return NULL; }
 static bool link_agreed(const struct link *k) { (void)k; return false; }
@@ -8687,14 +8706,14 @@ static bool sent_again(struct sender *s, int64_t end)
 static bool shake_hands(struct sender *s)
 {
 	int64_t end = now_us() + (int64_t)options.timeout_ms * 1000;
+	unsigned turns = s->on.turned ? 1 : 0;  /* the opening's */
 
 	for (;;) {
-		uint64_t before = link_tls_written(&s->on.link);
 		ssize_t n = link_handshake(&s->on.link);
 		struct pollfd p = { s->on.link.in, link_events(&s->on.link, true, false), 0 };
 		int64_t left = end - now_us();
-		if (link_tls_written(&s->on.link) != before)
-			s->on.turned = false;
+		for (; turns < link_tls_turns(&s->on.link) && p.events == POLLIN; turns++)
+			note_turnaround(s);
 		if (n == LINK_FAILED) {
 			diag_tls(&s->on.link, s->peer);
 			return false;
@@ -8705,8 +8724,6 @@ static bool shake_hands(struct sender *s)
 			diag("%s: TLS: silent for %.3g s, giving up", s->peer, (double)options.timeout_ms / 1e3);
 			return false;
 		}
-		if (!s->on.turned)
-			note_turnaround(s);
 		(void)poll(&p, 1, (int)min_size((size_t)left / 1000 + 1, 3600000));
 	}
 	s->on.turned = false;
