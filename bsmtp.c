@@ -4165,6 +4165,7 @@ struct tls {
 	char *kept;             /* client: what went so, should it have to go again */
 	size_t early_left, kept_len, kept_sent;
 	char why[256];          /* it failed */
+	const char *hint;       /* what would mend it, or NULL */
 };
 
 /* What all sessions of one side share. */
@@ -4183,6 +4184,24 @@ static const char *tls_error(void)
 
 	ERR_clear_error();
 	return why != NULL ? why : errno != 0 ? strerror(errno) : "no reason given";
+}
+
+/* The first error that OpenSSL queued is an alert about our certificate. */
+static const char *alert_hint(void)
+{
+	switch (ERR_GET_REASON(ERR_peek_error())) {
+	case SSL_R_TLSV13_ALERT_CERTIFICATE_REQUIRED:
+		return " (it wants our certificate: give --cert)";
+	case SSL_R_TLSV1_ALERT_UNKNOWN_CA:
+	case SSL_R_SSLV3_ALERT_BAD_CERTIFICATE:
+	case SSL_R_SSLV3_ALERT_UNSUPPORTED_CERTIFICATE:
+	case SSL_R_SSLV3_ALERT_CERTIFICATE_REVOKED:
+	case SSL_R_SSLV3_ALERT_CERTIFICATE_EXPIRED:
+	case SSL_R_SSLV3_ALERT_CERTIFICATE_UNKNOWN:
+		return " (it does not accept our certificate: see --cert)";
+	default:
+		return "";
+	}
 }
 
 static void tls_fail(struct tls *t, const char *why)
@@ -4209,6 +4228,7 @@ static ssize_t tls_result(struct tls *t, int n, short *wants, short usual)
 	case SSL_ERROR_SYSCALL:
 	case SSL_ERROR_SSL:
 	default:
+		t->hint = alert_hint();
 		tls_fail(t, tls_error());
 		errno = EPROTO;
 		return LINK_FAILED;
@@ -4734,6 +4754,12 @@ static const char *link_tls_why(const struct link *k)
 	return k->tls != NULL ? k->tls->why : "";
 }
 
+/* Not empty: the peer does not accept our certificate. */
+static const char *link_tls_hint(const struct link *k)
+{
+	return k->tls != NULL && k->tls->hint != NULL ? k->tls->hint : "";
+}
+
 /* The protocol's version, NULL in the clear. */
 static const char *link_version(const struct link *k)
 {
@@ -4787,7 +4813,7 @@ static void diag_tls(const struct link *k, const char *peer)
 	long result = SSL_get_verify_result(k->tls->ssl);
 
 	if (k->tls->done || result == X509_V_OK) {
-		diag("%s: TLS: %s", peer, k->tls->why);
+		diag("%s: TLS: %s%s", peer, k->tls->why, link_tls_hint(k));
 		return;
 	}
 	diag("%s: the certificate of %s is not accepted: %s (%s)", peer, k->tls->subject,
@@ -4969,6 +4995,7 @@ static bool link_open_gate(struct link *k, struct bsmtp_slice held) { (void)k; (
 static ssize_t link_handshake(struct link *k) { (void)k; return LINK_FAILED; }
 static unsigned link_tls_turns(const struct link *k) { (void)k; return 0; }
 static const char *link_tls_why(const struct link *k) { (void)k; return ""; }
+static const char *link_tls_hint(const struct link *k) { (void)k; return ""; }
 static const char *link_version(const struct link *k) { (void)k; return NULL; }
 static bool link_agreed(const struct link *k) { (void)k; return false; }
 static bool link_peer_certified(const struct link *k) { (void)k; return false; }
@@ -8650,10 +8677,10 @@ static void on_time(struct sender *s)
 /* The server is gone.  Under TLS it may be that it did not like our certificate. */
 static void read_failed(struct sender *s, bool error)
 {
-	const char *why = link_tls_why(&s->on.link);
+	const char *why = link_tls_why(&s->on.link), *hint = link_tls_hint(&s->on.link);
 
-	if (error && *why != '\0' && !bsmtp_client_offered(&s->client)) {
-		diag("%s: TLS: %s", s->peer, why);
+	if (error && *why != '\0' && (*hint != '\0' || !bsmtp_client_offered(&s->client))) {
+		diag("%s: TLS: %s%s", s->peer, why, hint);
 		worst(&s->status, EX_NOPERM);
 		s->on.gave_up = true;
 	} else if (error) {
@@ -9522,6 +9549,7 @@ static void on_signal(int number)
 }
 
 static bool session_flush(struct session *s);
+static void linger(struct session *s);
 static size_t session_work(struct session *s, const char *in, size_t len);
 static void session_secure(struct session *s);
 static void session_take(struct session *s, const char *in, size_t len, bool early);
@@ -9758,7 +9786,10 @@ static void session_shake(struct session *s)
 		return;
 	if (n == LINK_FAILED) {
 		trace_note(&s->trace, "TLS: %s", link_tls_why(&s->link));
-		session_gone(s);
+		link_end_tls(&s->link);         /* its alert is to arrive */
+		s->shaking = s->securing = false;
+		s->ending = true;
+		linger(s);
 		return;
 	}
 	s->shaking = s->securing = s->syn_data = false;
