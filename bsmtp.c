@@ -3622,16 +3622,26 @@ static void bad_line(struct bsmtp_server *s, struct bsmtp_slice line, unsigned a
 	end_with(s, BSMTP_END_ERROR);
 }
 
-/* Secrets are masked where transcripts are made. */
+/* Secrets are masked where transcripts are made: all behind AUTH and its mechanism. */
 static void tap_command(struct bsmtp_server *s, struct bsmtp_slice line)
 {
-	bool secret = s->state == SERVER_QUESTION;
+	char masked[64];
+	struct text t = { masked, 0, sizeof masked };
+	struct bsmtp_slice word = trim(slice(line.at + min_size(line.len, 5),
+	    line.len - min_size(line.len, 5)));
+	size_t n = 0;
 
-	if (!secret && same(slice(line.at, min_size(line.len, 10)), "AUTH PLAIN"))
-		line = slice_of(line.len > 10 ? "AUTH PLAIN ****" : "AUTH PLAIN");
-	else if (!secret && same(slice(line.at, min_size(line.len, 10)), "AUTH LOGIN"))
-		line = slice_of(line.len > 10 ? "AUTH LOGIN ****" : "AUTH LOGIN");
-	tap_line(s->config->tap, s->tap_context, BSMTP_TAP_COMMAND, secret ? slice_of("****") : line, 0);
+	while (n < word.len && n < 20 && word.at[n] > ' ')     /* RFC 4422 3.1 */
+		n++;
+	if (s->state == SERVER_QUESTION) {
+		line = slice_of("****");
+	} else if (same(slice(line.at, min_size(line.len, 5)), "AUTH ") && n < word.len) {
+		put_string(&t, "AUTH ");
+		put(&t, slice(word.at, n));
+		put_string(&t, " ****");
+		line = slice(masked, t.len);
+	}
+	tap_line(s->config->tap, s->tap_context, BSMTP_TAP_COMMAND, line, 0);
 }
 
 /* A line is whole, its LF included. */
