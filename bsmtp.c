@@ -4485,8 +4485,18 @@ static int keep_ticket(SSL *ssl, SSL_SESSION *session)
 	return 0;
 }
 
+/* A session that is resumed is not verified again: it must have been, for this name. */
+static bool was_verified(const SSL *ssl, SSL_SESSION *session, const char *name)
+{
+	X509 *cert = SSL_SESSION_get0_peer(session);
+
+	return SSL_get_verify_mode(ssl) == SSL_VERIFY_NONE || (cert != NULL &&
+	    SSL_get_verify_result(ssl) == X509_V_OK &&
+	    (X509_check_host(cert, name, 0, 0, NULL) == 1 || X509_check_ip_asc(cert, name, 0) == 1));
+}
+
 /* A ticket is a secret: a file that others may read is not used. */
-static void use_ticket(SSL *ssl, const char *server)
+static void use_ticket(SSL *ssl, const char *server, const char *name)
 {
 	FILE *f = fopen(options.tickets, "r");
 	SSL_SESSION *session = NULL;
@@ -4500,8 +4510,8 @@ static void use_ticket(SSL *ssl, const char *server)
 	else if (fgets(line, sizeof line, f) != NULL && same(trim(slice_of(line)), server))
 		session = PEM_read_SSL_SESSION(f, NULL, NULL, NULL);
 	(void)fclose(f);
-	if (session != NULL)
-		(void)SSL_set_session(ssl, session);
+	if (session != NULL && (SSL_set_session(ssl, session) != 1 || !was_verified(ssl, session, name)))
+		(void)SSL_set_session(ssl, NULL);
 	SSL_SESSION_free(session);
 	ERR_clear_error();
 }
@@ -4625,7 +4635,7 @@ static bool link_connect_tls(struct link *k, struct tls_context *x, const char *
 	if (alpn)
 		(void)SSL_set_alpn_protos(k->tls->ssl, alpn_bsmtp, sizeof alpn_bsmtp);
 	if (options.tickets != NULL)
-		use_ticket(k->tls->ssl, server);
+		use_ticket(k->tls->ssl, server, name);
 	k->tls->early_left = alpn && !gated ? early_room(k->tls->ssl) : 0;
 	k->tls->early = k->tls->early_left > 0;
 	k->tls->gated = gated;
