@@ -4758,11 +4758,6 @@ static const char *link_early_said(const struct link *k)
 	    "not accepted: it is sent again";
 }
 
-static bool link_resumed(const struct link *k)
-{
-	return k->tls != NULL && SSL_session_reused(k->tls->ssl);
-}
-
 /* How often the handshake has waited, or waits, for the peer. */
 static unsigned link_tls_turns(const struct link *k)
 {
@@ -4795,6 +4790,11 @@ static bool link_agreed(const struct link *k)
 		return false;
 	SSL_get0_alpn_selected(k->tls->ssl, &name, &len);
 	return len == sizeof alpn_bsmtp - 1 && memcmp(name, alpn_bsmtp + 1, len) == 0;
+}
+
+static bool link_resumed(const struct link *k)
+{
+	return k->tls != NULL && SSL_session_reused(k->tls->ssl) == 1;
 }
 
 /* Whether the peer has shown a certificate that was asked for, and is good. */
@@ -9814,7 +9814,8 @@ static void session_shake(struct session *s)
 	}
 	s->shaking = s->securing = s->syn_data = false;
 	s->trace.tls = true;
-	trace_note(&s->trace, "%s", or_empty(link_version(&s->link)));
+	trace_note(&s->trace, "%s%s", or_empty(link_version(&s->link)),
+	    link_resumed(&s->link) ? ", resumed" : "");
 	if (!implicit)
 		bsmtp_server_secured(&s->server, peer_flags(s));
 	else if (!s->begun)
@@ -10102,6 +10103,8 @@ static void session_read(struct session *s)
 		return;
 	s->progress_us = now_us();
 	if (n == LINK_FAILED) {
+		if (*link_tls_why(&s->link) != '\0' && !s->lingering)   /* cut off */
+			trace_note(&s->trace, "TLS: %s", link_tls_why(&s->link));
 		session_gone(s);
 		return;
 	}

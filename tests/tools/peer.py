@@ -8,9 +8,11 @@ Prints its port, takes one connection and plays the steps:
   flood:TEXT      send it again and again until the peer goes
   big:N           send N octets of "a"
   close, reset    end the connection      eof        read to the peer's end
+  tls:FILE        TLS from here on, with the certificate and key in FILE
 What was received is written to the file "received" at the end.
 """
 import socket
+import ssl
 import struct
 import sys
 
@@ -52,6 +54,10 @@ try:
             break
         elif verb == "close":
             break
+        elif verb == "tls":
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(text)
+            peer = context.wrap_socket(peer, server_side=True)
         elif verb == "eof":
             while receive():
                 pass
