@@ -9197,6 +9197,8 @@ static int hold_dialogue(struct sender *s)
 	s->on.again = s->on.again && s->first == NULL;
 	s->strays += bsmtp_client_strays(&s->client);
 	wipe(s->out, options.user != NULL ? sizeof s->out : 0);
+	if (is_tls(&s->on.link) && !s->on.broken && !s->on.cut)
+		tls_finish(&s->on.link);
 	link_close(&s->on.link);
 	end_command(s);
 	return EX_OK;
