@@ -9,6 +9,8 @@ Prints its port, takes one connection and plays the steps:
   big:N           send N octets of "a"
   close, reset    end the connection      eof        read to the peer's end
   tls:FILE        TLS from here on, with the certificate and key in FILE
+  notified        read to the end of TLS, and write to the file "notified" whether the
+                  peer said that it is the end
 What was received is written to the file "received" at the end.
 """
 import socket
@@ -57,7 +59,16 @@ try:
         elif verb == "tls":
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(text)
-            peer = context.wrap_socket(peer, server_side=True)
+            peer = context.wrap_socket(peer, server_side=True, suppress_ragged_eofs=False)
+        elif verb == "notified":
+            try:
+                while receive():
+                    pass
+                said = "yes"
+            except ssl.SSLError:
+                said = "no"
+            with open("notified", "w") as f:
+                f.write(said)
         elif verb == "eof":
             while receive():
                 pass
