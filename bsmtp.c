@@ -9829,7 +9829,9 @@ static void session_shake(struct session *s)
 
 static void session_accept_tls(struct session *s, struct bsmtp_slice held)
 {
-	bool may = s->listed && s->listener->config.opening == BSMTP_OPENING_ACCEPT;
+	/* A certificate comes after ALPN: where one is asked for, it is judged first. */
+	bool may = s->listed && options.client_ca == NULL &&
+	    s->listener->config.opening == BSMTP_OPENING_ACCEPT;
 
 	s->shaking = true;
 	if (link_accept_tls(&s->link, s->listener->tls, held, may))
