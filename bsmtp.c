@@ -3622,25 +3622,22 @@ static void bad_line(struct bsmtp_server *s, struct bsmtp_slice line, unsigned a
 	end_with(s, BSMTP_END_ERROR);
 }
 
-/* Secrets are masked where transcripts are made: all behind AUTH and its mechanism. */
+/* Secrets are masked where transcripts are made: all that stands behind AUTH and a
+ * mechanism that is known. */
 static void tap_command(struct bsmtp_server *s, struct bsmtp_slice line)
 {
-	char masked[64];
-	struct text t = { masked, 0, sizeof masked };
-	struct bsmtp_slice word = trim(slice(line.at + min_size(line.len, 5),
-	    line.len - min_size(line.len, 5)));
-	size_t n = 0;
+	size_t n = min_size(line.len, 5);
+	struct bsmtp_slice rest = trim(slice(line.at + n, line.len - n)), word = rest;
 
-	while (n < word.len && n < 20 && word.at[n] > ' ')     /* RFC 4422 3.1 */
-		n++;
-	if (s->state == SERVER_QUESTION) {
+	word.len = min_size(word.len, 5);
+	if (s->state == SERVER_QUESTION)
 		line = slice_of("****");
-	} else if (same(slice(line.at, min_size(line.len, 5)), "AUTH ") && n < word.len) {
-		put_string(&t, "AUTH ");
-		put(&t, slice(word.at, n));
-		put_string(&t, " ****");
-		line = slice(masked, t.len);
-	}
+	else if (same(slice(line.at, n), "AUTH ") && same(word, "PLAIN"))
+		line = slice_of(rest.len > 5 ? "AUTH PLAIN ****" : "AUTH PLAIN");
+	else if (same(slice(line.at, n), "AUTH ") && same(word, "LOGIN"))
+		line = slice_of(rest.len > 5 ? "AUTH LOGIN ****" : "AUTH LOGIN");
+	else if (same(slice(line.at, n), "AUTH "))
+		line = slice_of("AUTH ****");
 	tap_line(s->config->tap, s->tap_context, BSMTP_TAP_COMMAND, line, 0);
 }
 
