@@ -4746,13 +4746,14 @@ static ssize_t link_send_again(struct link *k)
 	return 0;
 }
 
-/* What came of early data, as words; NULL where there was none. */
-static const char *link_early_said(const struct link *k)
+static bool link_sent_early(const struct link *k)
 {
-	if (k->tls->kept_len == 0)
-		return NULL;
-	return SSL_get_early_data_status(k->tls->ssl) == SSL_EARLY_DATA_ACCEPTED ? "accepted" :
-	    "not accepted: it is sent again";
+	return k->tls->kept_len > 0;
+}
+
+static bool link_early_taken(const struct link *k)
+{
+	return SSL_get_early_data_status(k->tls->ssl) == SSL_EARLY_DATA_ACCEPTED;
 }
 
 /* How often the handshake has waited, or waits, for the peer. */
@@ -5020,7 +5021,8 @@ static void diag_tls(const struct link *k, const char *peer) { (void)k; (void)pe
 static bool link_early(const struct link *k) { (void)k; return false; }
 static ssize_t link_read_early(struct link *k, char *in, size_t len) { (void)k; (void)in; (void)len; return LINK_FAILED; }
 static ssize_t link_send_again(struct link *k) { (void)k; return 0; }
-static const char *link_early_said(const struct link *k) { (void)k; return NULL; }
+static bool link_sent_early(const struct link *k) { (void)k; return false; }
+static bool link_early_taken(const struct link *k) { (void)k; return false; }
 static bool link_resumed(const struct link *k) { (void)k; return false; }
 static bool link_pin_good(const struct link *k, const struct tls_context *x) { (void)k; (void)x; return true; }
 static ssize_t tls_read(struct link *k, char *in, size_t len) { (void)k; (void)in; (void)len; return LINK_FAILED; }
@@ -8732,11 +8734,12 @@ static void no_tls(struct sender *s, const char *why)
 /* Early data that was not taken goes again: it fits into the socket's buffer. */
 static bool sent_again(struct sender *s, int64_t end)
 {
-	const char *said = link_early_said(&s->on.link);
+	bool early = link_sent_early(&s->on.link), taken = early && link_early_taken(&s->on.link);
 	ssize_t n;
 
-	if (said != NULL)
-		trace_note(&s->trace, "early data: %s", said);
+	if (early)
+		trace_note(&s->trace, "early data: %s", taken ? "accepted" : "not accepted: it is sent again");
+	s->on.turned = taken;           /* what answers it was asked for with the handshake */
 	while ((n = link_send_again(&s->on.link)) == LINK_AGAIN && now_us() < end) {
 		struct pollfd p = { s->on.link.in, link_events(&s->on.link, false, true), 0 };
 		(void)poll(&p, 1, 1000);
