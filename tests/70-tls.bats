@@ -269,13 +269,13 @@ lockstep 7 9'
 @test "the listener without a certificate makes one, and tells its pin" {
 	start_listener --tls --maildir in
 	run -0 grep -oE -- '--pin sha256:[0-9a-f]{64}$' listener.err
-	read -ra pin <<<"$output"
-	make_message | send --to b@example.net --tls "${pin[@]}"
+	read -ra known <<<"$output"
+	make_message | send --to b@example.net --tls "${known[@]}"
 	assert_equal "$(stored)" 1
 	# another for each run
 	stop_listener
 	start_listener --tls --maildir in
-	run -77 send --to b@example.net --tls "${pin[@]}" < <(make_message)
+	run -77 send --to b@example.net --tls "${known[@]}" < <(make_message)
 	assert_equal "$(stored)" 1
 	rm listener.err
 }
@@ -487,8 +487,13 @@ lockstep 7 9'
 
 @test "renegotiation is refused, and the listener goes on" {
 	secured tls
-	{ printf 'EHLO x\n'; await grep -q '^250 ' said; echo R; await grep -q 'RENEGOTIATING' said; echo NOOP
-		await grep -q 'no renegotiation' said; } | openssl s_client -tls1_2 -crlf -connect "$address" >said 2>&1 || :
+	# shellcheck disable=SC2094 # what it says is waited for
+	{
+		printf 'EHLO x\n'
+		await has '^250 ' said
+		echo R
+		await has 'no renegotiation' said
+	} | openssl s_client -tls1_2 -crlf -connect "$address" >said 2>&1 || :
 	grep -q 'no renegotiation' said
 	deliver --tls
 	assert_equal "$(stored)" 1

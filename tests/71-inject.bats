@@ -242,6 +242,7 @@ both() {
 
 @test "Exim is sent to by STARTTLS; replies slipped in are not believed" {
 	unpacked exim4-daemon-light
+	# shellcheck disable=SC2034 # for configure_exim
 	exim_tls="tls_advertise_hosts = *
 tls_certificate = $PWD/pem"
 	cp "$BATS_FILE_TMPDIR/good.pem" pem

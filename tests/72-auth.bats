@@ -140,8 +140,8 @@ c2VzYW1l'; do
 	with_users tls --allow 127.0.0.1/32
 	good=$(plain_auth alice sesame)
 	while read -r want said; do
-		printf "EHLO x\\n$said\\nNOOP\\nQUIT\\n" | dialogue | codes >codes
-		assert_equal "$said $(cat codes)" "$said 220 250 ${want//,/ } 250 221"
+		printf 'EHLO x\n%b\nNOOP\nQUIT\n' "$said" | dialogue >replies
+		assert_equal "$said $(codes <replies)" "$said 220 250 ${want//,/ } 250 221"
 	done <<-END
 		235 AUTH PLAIN $good
 		235 auth plain $good
@@ -213,6 +213,7 @@ PY
 	run -64 "$BSMTP" passwd a:b <carols
 	run -64 "$BSMTP" passwd
 	run -66 "$BSMTP" passwd a </dev/null
+	# shellcheck disable=SC2016 # they are dollars
 	for line in carol carol: ':{SCRYPT}1$x$y' 'carol:{MD5}x' 'carol:{SCRYPT}16384$AAAA$AAAA' \
 		"carol:{SCRYPT}1048576\$$(cut -d '$' -f 2- other)"; do
 		echo "$line" >broken
