@@ -11753,6 +11753,7 @@ static bool ask_secret(char *line, size_t size)
 		(void)tcsetattr(STDIN_FILENO, TCSAFLUSH, &before);
 		fputc('\n', stderr);
 	}
+	got = got && (strchr(line, '\n') != NULL || feof(stdin));       /* else it is cut off */
 	line[got ? strcspn(line, "\r\n") : 0] = '\0';
 	return got && *line != '\0';
 }
@@ -11763,12 +11764,16 @@ static int passwd(int argc, char **argv)
 	char secret[256], hash[256];
 	bool good;
 
-	if (argc != 3 || *argv[2] == '\0' || strpbrk(argv[2], ":\r\n") != NULL) {
+	if (argc == 3 && (strcmp(argv[2], "--help") == 0 || strcmp(argv[2], "-h") == 0)) {
+		puts("usage: bsmtp passwd name");
+		return DONE;
+	}
+	if (argc != 3 || *argv[2] == '\0' || *argv[2] == '-' || strpbrk(argv[2], ":\r\n") != NULL) {
 		diag("passwd needs a name, without colon");
 		return EX_USAGE;
 	}
 	if (!ask_secret(secret, sizeof secret)) {
-		diag("passwd: no password was given");
+		diag("passwd: no password was given, or one of over 254 octets");
 		return EX_NOINPUT;
 	}
 	good = password_make(hash, sizeof hash, secret, strlen(secret));

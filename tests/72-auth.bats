@@ -212,6 +212,11 @@ PY
 	assert_equal "$(stored)" 2
 	run -64 "$BSMTP" passwd a:b <carols
 	run -64 "$BSMTP" passwd
+	run -0 "$BSMTP" passwd --help
+	assert_output 'usage: bsmtp passwd name'
+	run -64 "$BSMTP" passwd --carol <carols
+	# what would be cut off is refused
+	run -66 "$BSMTP" passwd a < <(printf '%0300d\n' 0)
 	run -66 "$BSMTP" passwd a </dev/null
 	# shellcheck disable=SC2016 # they are dollars
 	for line in carol carol: ':{SCRYPT}1$x$y' 'carol:{MD5}x' 'carol:{SCRYPT}16384$AAAA$AAAA' \
