@@ -43,7 +43,9 @@ lockstep 7 9'
 	for how in tls starttls; do
 		secured $how --latency 30ms
 		send --ca "$certs/ca.pem" --$how --to b@example.net --json m >sent.json
-		assert_equal "$(summary delivered) $(summary turnarounds)" "$((200 * SCALE / 100)) 2"
+		assert_equal "$(summary delivered)" $((200 * SCALE / 100))
+		# its buffers hold less than a message
+		[ "${BSMTP_BUILD:-}" = torture ] || assert_equal "$(summary turnarounds)" 2
 		assert_equal "$(stored)" $((200 * SCALE / 100))
 		stop_listener
 	done
