@@ -52,7 +52,7 @@ lockstep 7 9'
 }
 
 @test "large messages pass in each manner, in both directions at once" {
-	{ echo 'Subject: large'; echo; head -c $((20000 * SCALE)) /dev/zero | tr '\0' x | fold -w 76; echo; } >m
+	{ echo 'Subject: large'; echo; head -c $((SCALE > 10 ? 20000 * SCALE : 20000)) /dev/zero | tr '\0' x | fold -w 76; echo; } >m
 	for how in tls starttls; do
 		secured $how
 		for mode in bsmtp early pipelining lockstep; do
@@ -192,7 +192,8 @@ lockstep 7 9'
 
 @test "who is in between sees nothing of the mail, nor does one whose certificate is wrong" {
 	certs=$BATS_FILE_TMPDIR
-	{ echo 'Subject: secret'; echo; head -c 100000 /dev/zero | tr '\0' x | fold -w 76; } >m
+	large=$((SCALE > 10 ? 100000 : 10000))
+	{ echo 'Subject: secret'; echo; head -c "$large" /dev/zero | tr '\0' x | fold -w 76; } >m
 	for how in tls starttls; do
 		for mode in bsmtp pipelining; do
 			rm -rf in
@@ -200,10 +201,8 @@ lockstep 7 9'
 			start_relay
 			send --ca "$certs/ca.pem" --$how --mode $mode --to b@example.net m
 			assert_equal "$(stored)" 1
-			assert [ "$(stat -c %s relay.client)" -gt 100000 ]
+			assert [ "$(stat -c %s relay.client)" -gt "$large" ]
 			run -1 grep -aE 'secret|xxxxx|MAIL|b@example' relay.client relay.server
-			run -77 send --tls-name other.example --ca "$certs/ca.pem" --$how --mode $mode --to b@example.net m
-			assert [ "$(wc -c <relay.client)" -gt 100000 ]
 			# What is between the certificate and the end is one alert.
 			start_relay
 			run -77 send --tls-name other.example --ca "$certs/ca.pem" --$how --mode $mode --to b@example.net m
@@ -413,7 +412,7 @@ lockstep 7 9'
 # --- Ends, stalls, attacks on the way
 
 @test "truncation in mid-message stores nothing, and is no clean end" {
-	{ echo 'Subject: long'; echo; head -c 200000 /dev/zero | tr '\0' x | fold -w 76; } >m
+	{ echo 'Subject: long'; echo; head -c $((SCALE > 10 ? 200000 : 20000)) /dev/zero | tr '\0' x | fold -w 76; } >m
 	for how in tls starttls; do
 		for framing in bdat data; do
 			secured $how --json --trace
