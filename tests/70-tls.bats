@@ -198,12 +198,14 @@ lockstep 7 9'
 		for mode in bsmtp pipelining; do
 			rm -rf in
 			start_listener --$how --cert "$certs/good.pem" --maildir in
+			listener=$address
 			start_relay
 			send --ca "$certs/ca.pem" --$how --mode $mode --to b@example.net m
 			assert_equal "$(stored)" 1
 			assert [ "$(stat -c %s relay.client)" -gt "$large" ]
 			run -1 grep -aE 'secret|xxxxx|MAIL|b@example' relay.client relay.server
 			# What is between the certificate and the end is one alert.
+			address=$listener
 			start_relay
 			run -77 send --tls-name other.example --ca "$certs/ca.pem" --$how --mode $mode --to b@example.net m
 			assert [ "$(wc -c <relay.client)" -lt 1000 ]
