@@ -132,6 +132,8 @@ client() {
 	{ printf '%s\n' 'Date: Mon, 23 Nov 2026 12:00:00 +0000' 'Message-ID: <1@example.org>'
 		make_message; } >m
 	for name in s_client swaks msmtp curl; do
+		# s_client takes the first octet of the reply to STARTTLS for all of it
+		[ "$name ${BSMTP_BUILD:-}" != 's_client torture' ] || continue
 		secured starttls --trace
 		client $name
 		assert_equal "$name $(stored)" "$name 1"

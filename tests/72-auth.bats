@@ -173,8 +173,15 @@ c2VzYW1l'; do
 	echo sesame >password
 	run -64 send --to b@example.net --user alice --password-file password
 	assert_output --partial 'a password goes over TLS or a local socket only'
-	printf 'EHLO x\nQUIT\n' | dialogue -starttls smtp >said
-	grep -q '^250.AUTH PLAIN LOGIN' said
+	# s_client takes the first octet of the reply to STARTTLS for all of it
+	if [ "${BSMTP_BUILD:-}" != torture ]; then
+		printf 'EHLO x\nQUIT\n' | dialogue -starttls smtp >said
+		grep -q '^250.AUTH PLAIN LOGIN' said
+	fi
+	as alice --starttls --mode pipelining --trace 2>said
+	grep -q '<~  250.AUTH PLAIN LOGIN' said
+	assert_equal "$(stored)" 1
+	rm in/new/*
 	stop_listener
 	# a local socket
 	rm -f addr
