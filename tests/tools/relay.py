@@ -50,7 +50,12 @@ def pump(who, source, target):
                 break
         target.shutdown(socket.SHUT_WR)
     except OSError:
-        target.close()
+        # To close it would not do while the other thread reads there.
+        for end in source, target:
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
 
 
 host, _, port = sys.argv[1].rpartition(":")
