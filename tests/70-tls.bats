@@ -414,11 +414,15 @@ lockstep 7 9'
 # --- Ends, stalls, attacks on the way
 
 @test "truncation in mid-message stores nothing, and is no clean end" {
-	{ echo 'Subject: long'; echo; head -c $((SCALE > 10 ? 200000 : 20000)) /dev/zero | tr '\0' x | fold -w 76; } >m
+	large=$((SCALE > 10 ? 200000 : 20000))
+	cut=$((large / 2))
+	# a record of one octet has 23
+	[ "${BSMTP_BUILD:-}" != torture ] || cut=100000
+	{ echo 'Subject: long'; echo; head -c $large /dev/zero | tr '\0' x | fold -w 76; } >m
 	for how in tls starttls; do
 		for framing in bdat data; do
 			secured $how --json --trace
-			start_relay cut:100000
+			start_relay "cut:$cut"
 			run -75 send --ca "$certs/ca.pem" --$how --framing $framing --to b@example.net --json m
 			await has session listener.out
 			assert_equal "$(stored)" 0
