@@ -428,9 +428,33 @@ lockstep 7 9'
 			assert_equal "$(stored)" 0
 			assert_equal "$(jq -r 'select(.event == "session").messages' listener.out)" 0
 			run -1 grep -E 'end: quit' listener.err
-			grep -q '=== TLS: ' listener.err
 			stop_listener
 		done
+	done
+	rm listener.err
+}
+
+@test "an end without close_notify is told from one with it, and neither ends a body" {
+	secured tls --trace
+	for how in cut notified; do
+		: >listener.err
+		/usr/bin/python3 - "$address" $how "$certs/ca.pem" <<-'PY'
+		import socket, ssl, sys
+		host, port = sys.argv[1].split(":")
+		raw = socket.create_connection((host, int(port)))
+		tls = ssl.create_default_context(cafile=sys.argv[3]).wrap_socket(raw, server_hostname=host)
+		tls.sendall(b"BSMTP x\r\nMAIL FROM:<a@x.example>\r\nRCPT TO:<b@x.example>\r\nBDAT 100 LAST\r\nabc\r\n")
+		replies = b""
+		while b"recipient ok\r\n" not in replies:
+		    replies += tls.recv(4096)
+		if sys.argv[2] == "notified":
+		    tls.unwrap()
+		tls.close()
+		PY
+		await has 'end: eof' listener.err
+		[ $how = cut ] && want=1 || want=0
+		assert_equal "$how $(grep -c '=== TLS: unexpected eof' listener.err)" "$how $want"
+		assert_equal "$(stored)" 0
 	done
 	rm listener.err
 }
