@@ -6,7 +6,7 @@
  * Copyright (c) 2026 the bsmtp authors.  See LICENSE.
  *
  * Map
- *	 1 platform		the only #if block: feature macros, includes, shims
+ *	 1 platform		feature macros, includes, shims
  *	 2 bytes		slices, classes, numbers, text under construction
  *	 3 grammar		replies, commands, paths, parameters; headers, mbox
  *	 4 body codecs		line ends, dots, watching for bare newlines
@@ -14,13 +14,13 @@
  *	 6 server engine	one row a verb, one row an answer; held replies
  *	 7 names		modes, fates, keywords, errors as words
  *	---- the wall: above, no operating system; below, all of it ----
- *	 8 link			addresses, sockets, TLS
+ *	 8 link			addresses, sockets; all of OpenSSL: TLS, hashes
  *	 9 sources		files, pipes, Maildirs as streams of messages
- *	10 stores		Maildir, eml, discard; the committer
+ *	10 stores		one row a store; TRANSIDs; the worker that commits
  *	11 watchers		diagnostics, trace, JSON
  *	12 send			source -> client engine -> link
- *	13 listen		accept, sessions, limits, signals, latency
- *	14 options		one table a verb: usage, environment, parsing
+ *	13 listen		accept, sessions, accounts, limits, signals, latency
+ *	14 options		one table: usage, environment, completion; sendmail's
  *	15 main
  *
  * Data flow
@@ -4043,6 +4043,47 @@ static void list_free(struct list *list)
 	memset(list, 0, sizeof *list);
 }
 
+static void print_hex(char *out, const unsigned char *octets, size_t len)
+{
+	for (size_t i = 0; i < len; i++)
+		snprintf(out + 2 * i, 3, "%02x", octets[i]);
+}
+
+/* A file that is written anew is there whole or not at all: what goes to the stream
+ * gets the name when it is kept.  NULL with errno. */
+struct fresh {
+	FILE *f;
+	char path[PATH_MAX], tmp[PATH_MAX + 32];
+};
+
+static FILE *fresh_open(struct fresh *n, const char *path, mode_t mode)
+{
+	int fd;
+
+	snprintf(n->path, sizeof n->path, "%s", path);
+	snprintf(n->tmp, sizeof n->tmp, "%s.%ld", n->path, (long)getpid());
+	(void)unlink(n->tmp);           /* of a process that had our number, and is dead */
+	fd = open(n->tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+	n->f = fd >= 0 ? fdopen(fd, "w") : NULL;
+	if (n->f == NULL && fd >= 0)
+		close(fd);
+	return n->f;
+}
+
+/* False with errno, and no trace is left. */
+static bool fresh_keep(struct fresh *n, bool good)
+{
+	bool written = !ferror(n->f);
+	int saved;
+
+	good = fclose(n->f) == 0 && written && good && rename(n->tmp, n->path) == 0;
+	saved = errno;
+	if (!good)
+		(void)unlink(n->tmp);
+	errno = saved;
+	return good;
+}
+
 static int64_t now_us(void)
 {
 	struct timespec t;
@@ -4353,9 +4394,9 @@ static bool make_certificate(struct tls_context *x)
 	    SSL_CTX_use_certificate(x->ctx, cert) == 1 && SSL_CTX_use_PrivateKey(x->ctx, key) == 1 &&
 	    certificate_digest(cert, digest);
 
-	for (size_t i = 0; good && i < sizeof digest; i++)
-		snprintf(x->own_pin + 2 * i, 3, "%02x", digest[i]);
-	if (!good)
+	if (good)
+		print_hex(x->own_pin, digest, sizeof digest);
+	else
 		diag("no certificate could be made: %s", tls_error());
 	X509_free(cert);
 	EVP_PKEY_free(key);
@@ -4462,38 +4503,42 @@ static struct tls_context *tls_client_context(void)
 /* The file begins with a line that names the server; the session follows as PEM. */
 static int keep_ticket(SSL *ssl, SSL_SESSION *session)
 {
-	char tmp[PATH_MAX];
-	int fd;
-	FILE *f;
+	struct fresh file = { .f = NULL };
+	FILE *f = fresh_open(&file, options.tickets, 0600);
 
-	snprintf(tmp, sizeof tmp, "%.4000s.%ld", options.tickets, (long)getpid());
-	fd = open(tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-	f = fd >= 0 ? fdopen(fd, "w") : NULL;
-	if (f == NULL) {
-		if (fd >= 0)
-			close(fd);
-		return 0;
-	}
-	fprintf(f, "%s\n", tls_of(ssl)->peer);
-	if (PEM_write_SSL_SESSION(f, session) != 1 || fclose(f) != 0 || rename(tmp, options.tickets) != 0) {
-		diag("%s: the ticket could not be kept", options.tickets);
-		(void)unlink(tmp);
-	}
+	if (f != NULL)
+		fprintf(f, "%s\n", tls_of(ssl)->peer);
+	if (f == NULL || !fresh_keep(&file, PEM_write_SSL_SESSION(f, session) == 1))
+		diag("%s: the ticket could not be kept: %s", options.tickets, strerror(errno));
 	return 0;
 }
 
-/* A session that is resumed is not verified again: it must have been, for this name. */
-static bool was_verified(const SSL *ssl, SSL_SESSION *session, const char *name)
+/* The pin instead of chain and name; true if it is right or was not asked for. */
+static bool pin_good(const struct tls_context *x, const X509 *cert)
+{
+	unsigned char digest[32];
+
+	return !x->pinned || (certificate_digest(cert, digest) &&
+	    CRYPTO_memcmp(digest, x->pin, sizeof digest) == 0);
+}
+
+/* A session that is resumed is not verified again, and early data goes before its end:
+ * it must have been, by this pin or for this name. */
+static bool was_verified(const SSL *ssl, const struct tls_context *x, SSL_SESSION *session,
+    const char *name)
 {
 	X509 *cert = SSL_SESSION_get0_peer(session);
 
+	if (!pin_good(x, cert))
+		return false;
 	return SSL_get_verify_mode(ssl) == SSL_VERIFY_NONE || (cert != NULL &&
 	    SSL_get_verify_result(ssl) == X509_V_OK &&
 	    (X509_check_host(cert, name, 0, 0, NULL) == 1 || X509_check_ip_asc(cert, name, 0) == 1));
 }
 
 /* A ticket is a secret: a file that others may read is not used. */
-static void use_ticket(SSL *ssl, const char *server, const char *name)
+static void use_ticket(SSL *ssl, const struct tls_context *x, const char *server,
+    const char *name)
 {
 	FILE *f = fopen(options.tickets, "r");
 	SSL_SESSION *session = NULL;
@@ -4507,7 +4552,7 @@ static void use_ticket(SSL *ssl, const char *server, const char *name)
 	else if (fgets(line, sizeof line, f) != NULL && same(trim(slice_of(line)), server))
 		session = PEM_read_SSL_SESSION(f, NULL, NULL, NULL);
 	(void)fclose(f);
-	if (session != NULL && (SSL_set_session(ssl, session) != 1 || !was_verified(ssl, session, name)))
+	if (session != NULL && (SSL_set_session(ssl, session) != 1 || !was_verified(ssl, x, session, name)))
 		(void)SSL_set_session(ssl, NULL);
 	SSL_SESSION_free(session);
 	ERR_clear_error();
@@ -4624,15 +4669,17 @@ static bool link_connect_tls(struct link *k, struct tls_context *x, const char *
 	SSL_set_msg_callback(k->tls->ssl, count_flights);
 	SSL_set_msg_callback_arg(k->tls->ssl, k->tls);
 	k->tls->peer = server;
-	if (literal)
-		(void)X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(k->tls->ssl), name);
-	else
-		(void)(SSL_set1_host(k->tls->ssl, name) + SSL_ctrl(k->tls->ssl,
-		    SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name, (void *)(uintptr_t)name));
+	/* A name that is not asked for would be any. */
+	if (literal ? X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(k->tls->ssl), name) != 1 :
+	    SSL_set1_host(k->tls->ssl, name) != 1 || SSL_ctrl(k->tls->ssl,
+	    SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name, (void *)(uintptr_t)name) != 1) {
+		link_end_tls(k);
+		return false;
+	}
 	if (alpn)
 		(void)SSL_set_alpn_protos(k->tls->ssl, alpn_bsmtp, sizeof alpn_bsmtp);
 	if (options.tickets != NULL)
-		use_ticket(k->tls->ssl, server, name);
+		use_ticket(k->tls->ssl, x, server, name);
 	k->tls->early_left = alpn && !gated ? early_room(k->tls->ssl) : 0;
 	k->tls->early = k->tls->early_left > 0;
 	k->tls->gated = gated;
@@ -4838,13 +4885,9 @@ static void diag_tls(const struct link *k, const char *peer)
 	    X509_verify_cert_error_string(result), certificate_hint(result));
 }
 
-/* The pin instead of chain and name; true if it is right or was not asked for. */
 static bool link_pin_good(const struct link *k, const struct tls_context *x)
 {
-	unsigned char digest[32];
-
-	return !x->pinned || (certificate_digest(SSL_get0_peer_certificate(k->tls->ssl), digest) &&
-	    CRYPTO_memcmp(digest, x->pin, sizeof digest) == 0);
+	return pin_good(x, SSL_get0_peer_certificate(k->tls->ssl));
 }
 
 static ssize_t tls_read(struct link *k, char *in, size_t len)
@@ -6473,7 +6516,7 @@ static bool sync_at_once(struct store *st)
 #endif
 }
 
-/* ---- TRANSIDs (protocol: RFC 1845's parameter) ---- */
+/* ---- TRANSIDs, RFC 1845's parameter ---- */
 
 /* The log, lines that end in LF:
  *
@@ -8105,19 +8148,15 @@ static void make_folders(const char *path)
 /* Writes the file anew, with this peer or without it; whole or not at all. */
 static void write_peers(const char *path, const char *rest, const char *peer)
 {
-	char tmp[PATH_MAX + 32];
+	struct fresh file = { .f = NULL };
 	FILE *f;
 
 	make_folders(path);
-	snprintf(tmp, sizeof tmp, "%s.%ld", path, (long)getpid());
-	f = fopen(tmp, "w");
-	if (f != NULL) {
+	f = fresh_open(&file, path, 0666);
+	if (f != NULL)
 		fprintf(f, "%s%s%s", rest, peer, *peer != '\0' ? "\n" : "");
-		if (fclose(f) == 0 && rename(tmp, path) == 0)
-			return;
-		(void)unlink(tmp);
-	}
-	diag("%s: %s", path, strerror(errno));
+	if (f == NULL || !fresh_keep(&file, true))
+		diag("%s: %s", path, strerror(errno));
 }
 
 /* Whether the peer is known to speak BSMTP; changes that when it is told to. */
@@ -8797,7 +8836,7 @@ static bool start_tls_to_server(struct sender *s, bool gated)
 	bool alpn = s->config.mode == BSMTP_MODE_BSMTP;
 
 	if (!link_connect_tls(&s->on.link, s->tls, tls_name(), options.server, alpn, gated)) {
-		no_tls(s, "out of memory");
+		no_tls(s, "it cannot begin: out of memory, or --tls-name is no name");
 		return false;
 	}
 	s->on.turned = false;
@@ -9322,8 +9361,8 @@ static bool random_key(char *out, size_t size)
 	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
 	bool good = fd >= 0 && read(fd, octets, size / 2) == (ssize_t)(size / 2);
 
-	for (size_t i = 0; good && i < size / 2; i++)
-		snprintf(out + 2 * i, 3, "%02x", octets[i]);
+	if (good)
+		print_hex(out, octets, size / 2);
 	if (fd >= 0)
 		close(fd);
 	return good;
@@ -9364,7 +9403,7 @@ static int send_main(void)
 		status = EX_USAGE;
 	else
 		status = options.format == FORMAT_RAW ? send_raw(s) :
-	    options.output != NULL ? write_batch(s) : send_mail(s);
+		    options.output != NULL ? write_batch(s) : send_mail(s);
 	worst(&status, s->status);
 	worst(&status, s->operands.status);
 	end_detour(s);
@@ -10476,15 +10515,11 @@ static void notify(const char *what)
 /* Says where it listens, in each of the ways that scripts wait for. */
 static int announce(struct listener *l)
 {
-	char name[128], tmp[PATH_MAX];
-	FILE *f = NULL;
-	bool bad = false;
+	char name[128];
+	struct fresh file = { .f = NULL };
+	FILE *f = options.address_file != NULL ? fresh_open(&file, options.address_file, 0666) : NULL;
+	bool bad = options.address_file != NULL && f == NULL;
 
-	if (options.address_file != NULL) {
-		snprintf(tmp, sizeof tmp, "%s.%ld", options.address_file, (long)getpid());
-		f = fopen(tmp, "w");
-		bad = f == NULL;
-	}
 	for (size_t i = 0; i < l->socket_count && !bad; i++) {
 		struct sockaddr_storage sa;
 		socklen_t len = sizeof sa;
@@ -10506,7 +10541,7 @@ static int announce(struct listener *l)
 	}
 	fflush(stdout);
 	if (f != NULL)
-		bad = fclose(f) != 0 || bad || rename(tmp, options.address_file) != 0;
+		bad = !fresh_keep(&file, !bad);
 	if (bad)
 		diag("%s: %s", or_empty(options.address_file), strerror(errno));
 	return bad ? EX_CANTCREAT : EX_OK;
