@@ -101,7 +101,7 @@
 
 #ifdef BSMTP_TORTURE
 enum { IO_MAX = 1, OUT_SIZE = BSMTP_CLIENT_OUT_MIN, DUE_SIZE = BSMTP_CLIENT_DUE_MIN,
-	HELD_SIZE = BSMTP_SERVER_HELD_MIN, WINDOW_SIZE = 2 * BSMTP_FROM_LINE_MAX,
+	HELD_SIZE = BSMTP_SERVER_HELD_MIN, WINDOW_SIZE = 2 * BSMTP_COMMAND_MAX,
 	IN_SIZE = 1, REPLY_SIZE = BSMTP_SERVER_OUT_MIN, COPY_SIZE = 16 };
 #else
 enum { IO_MAX = 1 << 30, OUT_SIZE = 256 << 10, DUE_SIZE = 64 << 10,
@@ -2831,10 +2831,8 @@ static void put_reply(struct text *t, const char *code, bool more, const char *t
 	put_string(t, "\r\n");
 }
 
-static void put_ehlo(struct bsmtp_server *s, struct text *t)
+static void put_ehlo(struct bsmtp_server *s, struct text *t, unsigned keys)
 {
-	unsigned keys = offered(s);
-
 	put_reply(t, "250", keys != 0, s->config->hostname);
 	for (unsigned bit = 1; bit <= keys; bit <<= 1) {
 		if (!(keys & bit))
@@ -2866,7 +2864,7 @@ static void put_answer(struct bsmtp_server *s, struct text *t, const struct bsmt
 		put_reply(t, "250", false, s->config->hostname);
 		break;
 	case ANSWER_EHLO:
-		put_ehlo(s, t);
+		put_ehlo(s, t, (unsigned)h->argument);
 		break;
 	case ANSWER_CUSTOM:
 		put(t, s->config->faults[h->argument].reply);
@@ -3121,8 +3119,8 @@ static void accept_call(struct bsmtp_server *s, const struct call *call, unsigne
 {
 	if (call->custom != 0)
 		owe(s, call->custom, call->custom_argument);
-	else
-		owe(s, answer, 0);
+	else    /* what EHLO offers is settled when it is heard: AUTH may follow before it is told */
+		owe(s, answer, answer == ANSWER_EHLO ? offered(s) : 0);
 }
 
 /* What follows the command's CRLF is TLS, and no octet of it is looked at here. */
