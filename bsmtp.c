@@ -4339,6 +4339,8 @@ static SSL_CTX *new_context(const SSL_METHOD *method)
 #endif
 	(void)SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE |
 	    SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_RELEASE_BUFFERS);
+	SSL_CTX_set_read_ahead(ctx, 1);         /* as many records a read() as there are */
+	SSL_CTX_set_default_read_buffer_len(ctx, min_size(IN_SIZE, IO_MAX));
 	if (getenv("SSLKEYLOGFILE") != NULL)
 		SSL_CTX_set_keylog_callback(ctx, log_keys);
 	return ctx;
@@ -4888,15 +4890,22 @@ static bool link_pin_good(const struct link *k, const struct tls_context *x)
 	return pin_good(x, SSL_get0_peer_certificate(k->tls->ssl));
 }
 
+/* All records that have come and fit: one at a time, each would get a reply of its
+ * own.  What ends the session shows again at the next call. */
 static ssize_t tls_read(struct link *k, char *in, size_t len)
 {
+	size_t got = 0;
 	ssize_t n;
 
-	ERR_clear_error();
-	errno = 0;
-	n = tls_result(k->tls, SSL_read(k->tls->ssl, in, (int)len), &k->tls->reads, POLLIN);
+	do {
+		ERR_clear_error();
+		errno = 0;
+		n = tls_result(k->tls, SSL_read(k->tls->ssl, in + got, (int)(len - got)),
+		    &k->tls->reads, POLLIN);
+		got += n > 0 ? (size_t)n : 0;
+	} while (n > 0 && got < len && SSL_has_pending(k->tls->ssl));
 	k->tls->dry = n == LINK_AGAIN;
-	return n;
+	return got > 0 ? (ssize_t)got : n;
 }
 
 static ssize_t tls_write(struct link *k, const char *out, size_t len)
@@ -7678,12 +7687,12 @@ static void progress(struct progress *p, bool end)
 	int64_t now = now_us();
 	bool due = options.progress == PROGRESS_ALWAYS || now - p->start_us > PROGRESS_AFTER_US;
 
-	if (options.progress == PROGRESS_NEVER || (options.progress == PROGRESS_AUTO &&
-	    !isatty(STDERR_FILENO)))
-		return;
-	if (end ? !due : !due || now - p->shown_us < PROGRESS_EACH_US)
+	if (options.progress == PROGRESS_NEVER ||
+	    (end ? !due : !due || now - p->shown_us < PROGRESS_EACH_US))
 		return;
 	p->shown_us = now;
+	if (options.progress == PROGRESS_AUTO && !isatty(STDERR_FILENO))
+		return;
 	progress_line(p, now > p->start_us ? now : now + 1);
 	if (!end)
 		return;
@@ -7743,6 +7752,7 @@ struct sender {
 	struct letter *current;         /* being read: the last of them, or dropped */
 	struct header header;           /* of the message that comes next */
 	size_t weight, rcpt;
+	bool laden;                     /* no letter is begun until half of that is done with */
 	uint64_t n, counts[BSMTP_FATES], octets, turnarounds, refused, strays;
 	int64_t start_us, connect_us, grace_us;
 	uint64_t doubt_first, doubt_last;       /* numbers of the unknown, of this run */
@@ -8579,13 +8589,21 @@ static void next_rcpt(struct sender *s)
 	s->rcpt++;
 }
 
+/* Whether as much is in flight as may be; then until it is half of that: a letter for
+ * each reply, where the server is the slower one, would make every write a small one. */
+static bool fully_laden(struct sender *s)
+{
+	s->laden = s->weight > (s->laden ? FLIGHT_MAX / 2 : FLIGHT_MAX);
+	return s->laden;
+}
+
 /* Between messages: the next one, or the end.  A server that takes only so many in
  * a session (RFC 9422) is called again for the rest. */
 static bool write_next(struct sender *s)
 {
 	uint64_t mails, rcpts;
 
-	if (s->weight > FLIGHT_MAX)
+	if (fully_laden(s))
 		return false;
 	next_message(s);
 	bsmtp_client_limits(&s->client, &mails, &rcpts);
@@ -8674,7 +8692,7 @@ static void count_turnaround(struct sender *s)
 	if (s->on.turned || len > 0 || s->on.half_closed || s->on.broken || s->on.cut)
 		return;
 	if (want == BSMTP_WANT_REPLY || want == BSMTP_WANT_GRACE || want == BSMTP_WANT_TLS ||
-	    s->weight > FLIGHT_MAX)
+	    fully_laden(s))
 		note_turnaround(s);
 }
 
@@ -8976,7 +8994,7 @@ static void converse(struct sender *s)
 			;
 		flush_out(s);
 		(void)bsmtp_client_out(&s->client, &len);
-		if (len == 0 && !s->on.broken && !s->on.cut && !s->source_waits && s->weight <= FLIGHT_MAX &&
+		if (len == 0 && !s->on.broken && !s->on.cut && !s->source_waits && !fully_laden(s) &&
 		    bsmtp_client_want(&s->client) < BSMTP_WANT_GRACE) {
 			read_replies(s);        /* what is there; it does not wait */
 			show_progress(s);

@@ -163,7 +163,7 @@ client() {
 			"relayhost = [127.0.0.1]:${relay##*:}" 'smtp_tls_security_level = secure' \
 			"smtp_tls_CAfile = $BATS_FILE_TMPDIR/ca.pem" 'smtp_tls_secure_cert_match = localhost' \
 			'smtp_tls_loglevel = 1'
-		send --mode pipelining --to b@relay.example m
+		send --mode pipelining --timeout 60s --to b@relay.example m || { cat log/mail; return 1; }
 		if [ -z "$step" ]; then
 			await has 'status=sent' log/mail || { cat log/mail; return 1; }
 			assert_equal "$(stored)" 1

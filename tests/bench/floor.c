@@ -2,9 +2,11 @@
  *
  *	floor time [-k] CMD...		run CMD and print "usage WALL USER SYSTEM KIB
  *					STATUS"; -k: end it when standard input ends
- *	floor receive [-d MS] FILE HOST	take one connection at a free port of HOST, its
+ *	floor receive -d MS FILE HOST	take one connection at a free port of HOST, its
  *					address in FILE; at its end, MS later, reply
  *	floor send HOST PORT OCTETS	send so many, then wait for that reply
+ *	floor receive -t CERT FILE HOST	the same over TLS, CERT with its key; at the end no
+ *	floor send -t HOST PORT OCTETS	delay.  Whose certificate it is is not looked at
  *	floor connect HOST PORT CMD...	run CMD with a socket as its standard output
  *	floor rtt HOST PORT		print the milliseconds that connecting takes
  *	floor idle HOST PORT N		hold N sessions that have sent a message each
@@ -34,6 +36,8 @@
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+#include <openssl/err.h>
+#include <openssl/ssl.h>
 #ifdef __linux__
 #include <sys/prctl.h>
 #endif
@@ -241,6 +245,76 @@ static int send_octets(const char *host, const char *port, unsigned long long oc
 	return 0;
 }
 
+/* ---- the same over TLS ---- */
+
+static void die_of_tls(const char *what)
+{
+	fprintf(stderr, "floor: %s\n", what);
+	ERR_print_errors_fp(stderr);
+	exit(1);
+}
+
+/* With a certificate the server, without the client. */
+static SSL *secure(int fd, const char *cert)
+{
+	SSL_CTX *ctx = SSL_CTX_new(cert != NULL ? TLS_server_method() : TLS_client_method());
+	SSL *ssl;
+
+	if (ctx == NULL || (cert != NULL && (SSL_CTX_use_certificate_chain_file(ctx, cert) != 1 ||
+	    SSL_CTX_use_PrivateKey_file(ctx, cert, SSL_FILETYPE_PEM) != 1)))
+		die_of_tls("certificate");
+#ifdef SSL_OP_ENABLE_KTLS
+	SSL_CTX_set_options(ctx, SSL_OP_ENABLE_KTLS);
+#endif
+	ssl = SSL_new(ctx);
+	if (ssl == NULL || SSL_set_fd(ssl, fd) != 1 ||
+	    (cert != NULL ? SSL_accept(ssl) : SSL_connect(ssl)) != 1)
+		die_of_tls("handshake");
+	return ssl;
+}
+
+static int receive_secured(const char *cert, const char *file, const char *host)
+{
+	int fd = accept(listen_at(file, host), NULL, NULL), n;
+	unsigned long long total = 0;
+	SSL *ssl;
+
+	if (fd < 0)
+		die("accept");
+	set_options(fd);
+	ssl = secure(fd, cert);
+	while ((n = SSL_read(ssl, buffer, sizeof buffer)) > 0)
+		total += (unsigned long long)n;
+	if (SSL_get_error(ssl, n) != SSL_ERROR_ZERO_RETURN)
+		die_of_tls("read");
+	n = snprintf(buffer, sizeof buffer, "%llu\n", total);
+	printf("%s", buffer);
+	if (SSL_write(ssl, buffer, n) != n || SSL_shutdown(ssl) < 0)
+		die_of_tls("write");
+	return 0;
+}
+
+static int send_secured(const char *host, const char *port, unsigned long long octets)
+{
+	SSL *ssl = secure(connect_to(host, port), NULL);
+	unsigned long long left = octets, said = octets + 1;
+	int n;
+
+	for (; left > 0; left -= (unsigned long long)n) {
+		n = SSL_write(ssl, buffer, left < sizeof buffer ? (int)left : (int)sizeof buffer);
+		if (n <= 0)
+			die_of_tls("write");
+	}
+	SSL_shutdown(ssl);
+	n = SSL_read(ssl, buffer, 64);
+	buffer[n > 0 ? n : 0] = '\0';
+	if (sscanf(buffer, "%llu", &said) != 1 || said != octets) {
+		fprintf(stderr, "floor: sent %llu, and the other end says \"%s\"\n", octets, buffer);
+		return 1;
+	}
+	return 0;
+}
+
 static int run_connected(const char *host, const char *port, char **cmd)
 {
 	if (dup2(connect_to(host, port), 1) < 0)
@@ -398,10 +472,12 @@ int main(int argc, char **argv)
 		return run_timed(false, argv + 2);
 	if (strcmp(verb, "receive") == 0 && argc == 6 && strcmp(argv[2], "-d") == 0)
 		return receive(atol(argv[3]), argv[4], argv[5]);
-	if (strcmp(verb, "receive") == 0 && argc == 4)
-		return receive(0, argv[2], argv[3]);
+	if (strcmp(verb, "receive") == 0 && argc == 6 && strcmp(argv[2], "-t") == 0)
+		return receive_secured(argv[3], argv[4], argv[5]);
 	if (strcmp(verb, "send") == 0 && argc == 5)
 		return send_octets(argv[2], argv[3], strtoull(argv[4], NULL, 10));
+	if (strcmp(verb, "send") == 0 && argc == 6 && strcmp(argv[2], "-t") == 0)
+		return send_secured(argv[3], argv[4], strtoull(argv[5], NULL, 10));
 	if (strcmp(verb, "connect") == 0 && argc > 4)
 		return run_connected(argv[2], argv[3], argv + 4);
 	if (strcmp(verb, "rtt") == 0 && argc == 4)

@@ -34,8 +34,8 @@ VARIES = tuple((re.compile(pattern), name) for pattern, name in (
     (r"-m \d+", "-m N"), (r"-s \d+ ", "-s SESSIONS "), (r"-l \d+", "-l SIZE"), (r"store-\d+", "PLACE"),
     (r"stream-\d+", "stream-SIZE"), (r"peer\d+\.example", "NAME"), (r"--latency \d+ms", "--latency RTT"),
     (r"receive -d \d+ (\S+) \S+", r"receive -d RTT \1 HOST"),
-    (r"(floor connect|floor send|floor idle|send\.py) \S+ \d+", r"\1 HOST PORT"),
-    (r"(send HOST PORT) \d+", r"\1 OCTETS"), (r"(send\.py HOST PORT|PLACE|seq|idle HOST PORT|max-connections) \d+", r"\1 N"),
+    (r"(floor connect|floor send -t|floor send|floor idle|send\.py) \S+ \d+", r"\1 HOST PORT"),
+    (r"(send HOST PORT|send -t HOST PORT) \d+", r"\1 OCTETS"), (r"(send\.py HOST PORT|PLACE|seq|idle HOST PORT|max-connections) \d+", r"\1 N"),
     (r"\b\d+\.(mbox|curl)", r"N.\1"), (r"repeat \d+", "repeat MIB"), (r"(--host[= ]|--server )\S+", r"\1HOST"),
     (r"(--port[= ])\d+", r"\1PORT"), (r"files PLACE N \d+", "files PLACE N GROUP")))
 
@@ -209,8 +209,8 @@ class Listener(Server):
 class Receiver(Server):
     """The other end of a raw connection; it prints the octets that came."""
 
-    def __init__(self, host, delay=0, bind="127.0.0.1"):
-        super().__init__(host, "floor receive -d %d ADDRESS-%d %s" % (delay, next(serial), bind))
+    def __init__(self, host, delay=0, bind="127.0.0.1", how=None):
+        super().__init__(host, "floor receive %s ADDRESS-%d %s" % (how or "-d %d" % delay, next(serial), bind))
 
     def __exit__(self, kind, value, trace):
         if kind is None:
@@ -344,6 +344,17 @@ def postfix(host, store):
     return serve(host, start)
 
 
+def make_certificate(path):
+    """A certificate of 127.0.0.1 by itself, and its key."""
+    if shutil.which("openssl") is None:
+        raise Missing("openssl")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout",
+                    path + ".key", "-out", path, "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],
+                   check=True, stderr=subprocess.DEVNULL)
+    with open(path, "ab") as whole, open(path + ".key", "rb") as key:
+        whole.write(key.read())
+
+
 def remove(place):
     """Side by side, for a disk that is told what is free makes each file wait."""
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
@@ -360,7 +371,8 @@ def workplace(build, bsmtp, floor_c):
     place = os.path.join(build, "bench.%d" % os.getpid())
     os.makedirs(place + "/bin")
     try:
-        subprocess.run([os.environ.get("CC", "cc"), "-O2", "-o", place + "/bin/floor", floor_c], check=True)
+        subprocess.run([os.environ.get("CC", "cc"), "-O2", "-o", place + "/bin/floor", floor_c,
+                        "-lssl", "-lcrypto"], check=True)
         shutil.copy(bsmtp, place + "/bin/bsmtp")
         for name, text in (("aiosmtpd-mailbox.py", AIOSMTPD), ("smtplib-send.py", SMTPLIB)):
             with open(os.path.join(place, name), "w", encoding="ascii") as f:
