@@ -4208,6 +4208,7 @@ struct tls {
 	short reads, writes;    /* what poll() is to wait for before the next try */
 	bool dry;               /* nothing more is to be read before poll() says so */
 	bool early;             /* octets go, or may come, before the handshake is complete */
+	bool halfway;           /* a record of them is begun, and nothing else may go before */
 	char *kept;             /* client: what went so, should it have to go again */
 	size_t early_left, kept_len, kept_sent;
 	char why[256];          /* it failed */
@@ -4728,6 +4729,11 @@ static bool link_early(const struct link *k)
 	return k->tls != NULL && k->tls->early;
 }
 
+static bool link_halfway(const struct link *k)
+{
+	return k->tls != NULL && k->tls->halfway;
+}
+
 /* Server: early data, in the clear now; 0 at its end: the handshake goes on. */
 static ssize_t link_read_early(struct link *k, char *in, size_t len)
 {
@@ -4767,8 +4773,10 @@ static ssize_t write_early(struct tls *t, const char *out, size_t len)
 	errno = 0;
 	if (SSL_write_early_data(t->ssl, out, len, &n) != 1) {
 		ssize_t result = tls_result(t, 0, &t->writes, POLLOUT);
+		t->halfway = result == LINK_AGAIN;
 		return result == 0 ? LINK_FAILED : result;
 	}
+	t->halfway = false;
 	if (!t->server) {
 		memcpy(t->kept + t->kept_len, out, n);
 		t->kept_len += n;
@@ -5069,6 +5077,7 @@ static bool link_agreed(const struct link *k) { (void)k; return false; }
 static bool link_peer_certified(const struct link *k) { (void)k; return false; }
 static void diag_tls(const struct link *k, const char *peer) { (void)k; (void)peer; }
 static bool link_early(const struct link *k) { (void)k; return false; }
+static bool link_halfway(const struct link *k) { (void)k; return false; }
 static ssize_t link_read_early(struct link *k, char *in, size_t len) { (void)k; (void)in; (void)len; return LINK_FAILED; }
 static ssize_t link_send_again(struct link *k) { (void)k; return 0; }
 static bool link_sent_early(const struct link *k) { (void)k; return false; }
@@ -8860,16 +8869,37 @@ static bool start_tls_to_server(struct sender *s, bool gated)
 	return true;
 }
 
-/* The opening and as much of the stream as may go with the ClientHello: the ticket
- * says that the server has agreed to BSMTP before. */
-static void send_early(struct sender *s)
+/* A record that is begun goes out before the handshake goes on; false: in time it did not.
+ * With Fast Open it waits until the connection is there. */
+static bool finish_record(struct sender *s)
 {
-	bool more = true;
+	int64_t end = now_us() + (int64_t)options.timeout_ms * 1000, left;
+
+	while (link_halfway(&s->on.link) && !s->on.broken && (left = end - now_us()) > 0) {
+		struct pollfd p = { s->on.link.out, POLLOUT, 0 };
+		(void)poll(&p, 1, (int)min_size((size_t)left / 1000 + 1, 3600000));
+		flush_out(s);
+	}
+	return !link_halfway(&s->on.link) || s->on.broken;
+}
+
+/* The opening and as much of the stream as may go with the ClientHello, in one write, of
+ * which a SYN takes what it can: the ticket says that the server has agreed to BSMTP
+ * before. */
+static bool send_early(struct sender *s)
+{
+	bool more = true, whole = true;
 
 	s->trace.tls = true;
 	bsmtp_client_secured(&s->client, true);
-	while (more && flushed(s))
-		more = bsmtp_client_want(&s->client) != BSMTP_WANT_NOTHING && write_step(s);
+	while (more && whole) {
+		for (more = false; bsmtp_client_want(&s->client) != BSMTP_WANT_NOTHING && write_step(s); more = true)
+			;
+		flush_out(s);
+		whole = finish_record(s);
+		more = flushed(s) && more;
+	}
+	return whole;
 }
 
 /* TLS is complete: the session begins, or begins anew. */
@@ -8877,8 +8907,10 @@ static bool secure(struct sender *s)
 {
 	bool agreed, early = link_early(&s->on.link);
 
-	if (early)
-		send_early(s);
+	if (early && !send_early(s)) {
+		no_tls(s, "it was not taken in time");
+		return false;
+	}
 	if (!shake_hands(s)) {
 		no_tls(s, NULL);
 		return false;

@@ -194,6 +194,21 @@ killed_and_retried() {
 	assert_equal "$(stored)" 21
 }
 
+@test "early data of which a record must wait in mid-way: all the same" {
+	make_certificate
+	start_listener --tls --early-data --cert cert.pem --key key.pem --maildir in
+	make_mbox 5 >m
+	# As with Fast Open, when the SYN has taken what it can.
+	for n in 1 2 3; do
+		make_message | send --tls --ca cert.pem --tickets ticket --early-data --to b@example.net
+		ASAN_OPTIONS=detect_leaks=0 strace -qqo calls -e trace=write -e inject=write:error=EAGAIN:when="$n" \
+			"$BSMTP" send --server "$address" --tls --ca cert.pem --tickets ticket --early-data \
+			--to b@example.net m
+		run -0 grep -c INJECTED calls
+		assert_equal "$(stored)" $((n * 6))
+	done
+}
+
 @test "early data that is not taken is sent again: nothing lost, nothing doubled" {
 	make_certificate
 	start_listener --tls --early-data --cert cert.pem --key key.pem --maildir in
