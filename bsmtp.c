@@ -4194,6 +4194,13 @@ struct link {
 
 enum { LINK_AGAIN = -1, LINK_FAILED = -2 };
 
+static ssize_t link_result(ssize_t n)
+{
+	if (n >= 0)
+		return n;
+	return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ? LINK_AGAIN : LINK_FAILED;
+}
+
 /* ---- TLS: every call of OpenSSL is between here and the end of the section ---- */
 
 #ifndef BSMTP_NO_TLS
@@ -4208,9 +4215,8 @@ struct tls {
 	short reads, writes;    /* what poll() is to wait for before the next try */
 	bool dry;               /* nothing more is to be read before poll() says so */
 	bool early;             /* octets go, or may come, before the handshake is complete */
-	bool halfway;           /* a record of them is begun, and nothing else may go before */
 	char *kept;             /* client: what went so, should it have to go again */
-	size_t early_left, kept_len, kept_sent;
+	size_t early_left, kept_len, kept_sent, flight_sent;
 	char why[256];          /* it failed */
 	const char *hint;       /* what would mend it, or NULL */
 };
@@ -4658,7 +4664,7 @@ static bool link_connect_tls(struct link *k, struct tls_context *x, const char *
 	unsigned char address[16];
 	bool literal = inet_pton(AF_INET, name, address) == 1 || inet_pton(AF_INET6, name, address) == 1;
 	BIO *from = gated ? BIO_new(BIO_s_mem()) : source_bio(k->in, slice("", 0));
-	BIO *to = BIO_new_socket(k->out, BIO_NOCLOSE);
+	BIO *to = BIO_new_socket(k->out, BIO_NOCLOSE), *flight;
 
 	if (from == NULL || to == NULL || !link_new_tls(k, x, false)) {
 		BIO_free_all(from);
@@ -4682,7 +4688,10 @@ static bool link_connect_tls(struct link *k, struct tls_context *x, const char *
 	if (options.tickets != NULL)
 		use_ticket(k->tls->ssl, x, server, name);
 	k->tls->early_left = alpn && !gated ? early_room(k->tls->ssl) : 0;
-	k->tls->early = k->tls->early_left > 0;
+	flight = k->tls->early_left > 0 ? BIO_new(BIO_s_mem()) : NULL;
+	k->tls->early = flight != NULL;
+	if (flight != NULL)
+		SSL_set0_wbio(k->tls->ssl, flight);
 	k->tls->gated = gated;
 	if (gated)
 		(void)SSL_do_handshake(k->tls->ssl);
@@ -4729,11 +4738,6 @@ static bool link_early(const struct link *k)
 	return k->tls != NULL && k->tls->early;
 }
 
-static bool link_halfway(const struct link *k)
-{
-	return k->tls != NULL && k->tls->halfway;
-}
-
 /* Server: early data, in the clear now; 0 at its end: the handshake goes on. */
 static ssize_t link_read_early(struct link *k, char *in, size_t len)
 {
@@ -4773,10 +4777,8 @@ static ssize_t write_early(struct tls *t, const char *out, size_t len)
 	errno = 0;
 	if (SSL_write_early_data(t->ssl, out, len, &n) != 1) {
 		ssize_t result = tls_result(t, 0, &t->writes, POLLOUT);
-		t->halfway = result == LINK_AGAIN;
 		return result == 0 ? LINK_FAILED : result;
 	}
-	t->halfway = false;
 	if (!t->server) {
 		memcpy(t->kept + t->kept_len, out, n);
 		t->kept_len += n;
@@ -4784,6 +4786,27 @@ static ssize_t write_early(struct tls *t, const char *out, size_t len)
 		t->early_left -= min_size(n + RECORD_MAX, t->early_left);
 	}
 	return (ssize_t)n;
+}
+
+/* Client: the first flight with the early data was gathered, so that one write, or a SYN,
+ * can take it; the handshake goes on when all is gone: 0. */
+static ssize_t link_send_flight(struct link *k)
+{
+	char *flight;
+	size_t len = (size_t)BIO_get_mem_data(SSL_get_wbio(k->tls->ssl), &flight);
+	BIO *to;
+
+	while (k->tls->flight_sent < len) {
+		ssize_t n = link_result(write(k->out, flight + k->tls->flight_sent,
+		    min_size(len - k->tls->flight_sent, IO_MAX)));
+		if (n < 0)
+			return n;
+		k->tls->flight_sent += (size_t)n;
+	}
+	to = BIO_new_socket(k->out, BIO_NOCLOSE);
+	if (to != NULL)
+		SSL_set0_wbio(k->tls->ssl, to);
+	return to != NULL ? 0 : LINK_FAILED;
 }
 
 /* Early data that the server did not take: once more, 0 when all is gone. */
@@ -5077,7 +5100,7 @@ static bool link_agreed(const struct link *k) { (void)k; return false; }
 static bool link_peer_certified(const struct link *k) { (void)k; return false; }
 static void diag_tls(const struct link *k, const char *peer) { (void)k; (void)peer; }
 static bool link_early(const struct link *k) { (void)k; return false; }
-static bool link_halfway(const struct link *k) { (void)k; return false; }
+static ssize_t link_send_flight(struct link *k) { (void)k; return 0; }
 static ssize_t link_read_early(struct link *k, char *in, size_t len) { (void)k; (void)in; (void)len; return LINK_FAILED; }
 static ssize_t link_send_again(struct link *k) { (void)k; return 0; }
 static bool link_sent_early(const struct link *k) { (void)k; return false; }
@@ -5100,13 +5123,6 @@ static bool password_matches(const char *text, const char *secret, size_t len) {
 /* ---- reading and writing ---- */
 
 /* Octets moved; 0 at the end of input; LINK_AGAIN, LINK_FAILED with errno. */
-static ssize_t link_result(ssize_t n)
-{
-	if (n >= 0)
-		return n;
-	return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ? LINK_AGAIN : LINK_FAILED;
-}
-
 static ssize_t link_read(struct link *k, char *in, size_t len)
 {
 	len = min_size(len, IO_MAX);
@@ -8785,19 +8801,36 @@ static bool flushed(struct sender *s)
 	return len == 0;
 }
 
-/* TLS did not come about: nothing of the mail has left. */
-static void no_tls(struct sender *s, const char *why)
+/* TLS did not come about: nothing of the mail was taken. */
+static void no_tls(struct sender *s, int status, const char *why)
 {
 	if (why != NULL)
 		diag("%s: TLS: %s", s->peer, why);
-	worst(&s->status, EX_NOPERM);
+	worst(&s->status, status);
 	s->hopeless = true;
 	s->on.gave_up = s->on.broken = true;
 	session_over(s);
 }
 
-/* Early data that was not taken goes again: it fits into the socket's buffer. */
-static bool sent_again(struct sender *s, int64_t end)
+static void tls_silent(const struct sender *s)
+{
+	diag("%s: TLS: silent for %.3g s, giving up", s->peer, (double)options.timeout_ms / 1e3);
+}
+
+/* Writes on what must be gone before anything else; 0 when it is. */
+static ssize_t write_out(struct sender *s, ssize_t (*step)(struct link *), int64_t end)
+{
+	ssize_t n;
+
+	while ((n = step(&s->on.link)) == LINK_AGAIN && now_us() < end) {
+		struct pollfd p = { s->on.link.out, POLLOUT, 0 };
+		(void)poll(&p, 1, 1000);
+	}
+	return n;
+}
+
+/* Early data that was not taken goes again. */
+static int send_again(struct sender *s, int64_t end)
 {
 	bool early = link_sent_early(&s->on.link), taken = early && link_early_taken(&s->on.link);
 	ssize_t n;
@@ -8805,17 +8838,18 @@ static bool sent_again(struct sender *s, int64_t end)
 	if (early)
 		trace_note(&s->trace, "early data: %s", taken ? "accepted" : "not accepted: it is sent again");
 	s->on.turned = taken;           /* what answers it was asked for with the handshake */
-	while ((n = link_send_again(&s->on.link)) == LINK_AGAIN && now_us() < end) {
-		struct pollfd p = { s->on.link.in, link_events(&s->on.link, false, true), 0 };
-		(void)poll(&p, 1, 1000);
-	}
-	if (n < 0)
+	n = write_out(s, link_send_again, end);
+	if (n == 0)
+		return EX_OK;
+	if (n == LINK_AGAIN)
+		tls_silent(s);
+	else
 		diag_tls(&s->on.link, s->peer);
-	return n == 0;
+	return EX_TEMPFAIL;
 }
 
-/* The handshake to its end, within the timeout; true when the link is secure. */
-static bool shake_hands(struct sender *s)
+/* The handshake to its end, within the timeout; EX_OK when the link is secure. */
+static int shake_hands(struct sender *s)
 {
 	int64_t end = now_us() + (int64_t)options.timeout_ms * 1000;
 	unsigned turns = s->on.turned ? 1 : 0;  /* the opening's */
@@ -8828,22 +8862,22 @@ static bool shake_hands(struct sender *s)
 			note_turnaround(s);
 		if (n == LINK_FAILED) {
 			diag_tls(&s->on.link, s->peer);
-			return false;
+			return EX_NOPERM;
 		}
 		if (n != LINK_AGAIN)
 			break;
 		if (left <= 0) {
-			diag("%s: TLS: silent for %.3g s, giving up", s->peer, (double)options.timeout_ms / 1e3);
-			return false;
+			tls_silent(s);
+			return EX_TEMPFAIL;
 		}
 		(void)poll(&p, 1, (int)min_size((size_t)left / 1000 + 1, 3600000));
 	}
 	s->on.turned = false;
 	if (!link_pin_good(&s->on.link, s->tls)) {
 		diag("%s: the certificate is not the one of --pin", s->peer);
-		return false;
+		return EX_NOPERM;
 	}
-	return sent_again(s, end);
+	return send_again(s, end);
 }
 
 /* Whom the certificate must be for: --tls-name, else the host that was called. */
@@ -8862,57 +8896,46 @@ static bool start_tls_to_server(struct sender *s, bool gated)
 	bool alpn = s->config.mode == BSMTP_MODE_BSMTP;
 
 	if (!link_connect_tls(&s->on.link, s->tls, tls_name(), options.server, alpn, gated)) {
-		no_tls(s, "it cannot begin: out of memory, or --tls-name is no name");
+		no_tls(s, EX_NOPERM, "it cannot begin: out of memory, or --tls-name is no name");
 		return false;
 	}
 	s->on.turned = false;
 	return true;
 }
 
-/* A record that is begun goes out before the handshake goes on; false: in time it did not.
- * With Fast Open it waits until the connection is there. */
-static bool finish_record(struct sender *s)
+/* The opening and as much of the stream as may go with the ClientHello: the ticket
+ * says that the server has agreed to BSMTP before.  With Fast Open the connection is
+ * only made here, and may fail here. */
+static int send_early(struct sender *s)
 {
-	int64_t end = now_us() + (int64_t)options.timeout_ms * 1000, left;
-
-	while (link_halfway(&s->on.link) && !s->on.broken && (left = end - now_us()) > 0) {
-		struct pollfd p = { s->on.link.out, POLLOUT, 0 };
-		(void)poll(&p, 1, (int)min_size((size_t)left / 1000 + 1, 3600000));
-		flush_out(s);
-	}
-	return !link_halfway(&s->on.link) || s->on.broken;
-}
-
-/* The opening and as much of the stream as may go with the ClientHello, in one write, of
- * which a SYN takes what it can: the ticket says that the server has agreed to BSMTP
- * before. */
-static bool send_early(struct sender *s)
-{
-	bool more = true, whole = true;
+	bool more = true;
+	ssize_t n;
 
 	s->trace.tls = true;
 	bsmtp_client_secured(&s->client, true);
-	while (more && whole) {
-		for (more = false; bsmtp_client_want(&s->client) != BSMTP_WANT_NOTHING && write_step(s); more = true)
-			;
-		flush_out(s);
-		whole = finish_record(s);
+	while (more) {
+		for (more = false; bsmtp_client_want(&s->client) != BSMTP_WANT_NOTHING && write_step(s);)
+			more = true;
 		more = flushed(s) && more;
 	}
-	return whole;
+	n = write_out(s, link_send_flight, now_us() + (int64_t)options.timeout_ms * 1000);
+	if (n == LINK_AGAIN)
+		tls_silent(s);
+	else if (n == LINK_FAILED)
+		diag("%s: %s", s->peer, strerror(errno));
+	return n == 0 ? EX_OK : EX_TEMPFAIL;
 }
 
 /* TLS is complete: the session begins, or begins anew. */
 static bool secure(struct sender *s)
 {
 	bool agreed, early = link_early(&s->on.link);
+	int status = early ? send_early(s) : EX_OK;
 
-	if (early && !send_early(s)) {
-		no_tls(s, "it was not taken in time");
-		return false;
-	}
-	if (!shake_hands(s)) {
-		no_tls(s, NULL);
+	if (status == EX_OK)
+		status = shake_hands(s);
+	if (status != EX_OK) {
+		no_tls(s, status, NULL);
 		return false;
 	}
 	agreed = link_agreed(&s->on.link);
@@ -8933,7 +8956,7 @@ static bool secure(struct sender *s)
 static void turn_to_tls(struct sender *s, struct bsmtp_slice rest)
 {
 	if (s->on.link.tls == NULL && rest.len > 0)
-		no_tls(s, "octets behind the reply to STARTTLS: somebody is in between");
+		no_tls(s, EX_NOPERM, "octets behind the reply to STARTTLS: somebody is in between");
 	else if (s->on.link.tls == NULL ? start_tls_to_server(s, false) :
 	    link_open_gate(&s->on.link, rest))
 		(void)secure(s);

@@ -496,10 +496,10 @@ lockstep 7 9'
 @test "a server that stalls in mid-handshake: the client gives up, and nothing is sent" {
 	certs=$BATS_FILE_TMPDIR
 	start_peer recv 'send:\x16' eof
-	run -77 deliver --tls --timeout 1s
+	run -75 deliver --tls --timeout 1s
 	assert_output --partial 'TLS: silent for 1 s, giving up'
 	start_peer 'send:220 x\r\n220 2.0.0 go\r\n' recv eof
-	run -77 deliver --starttls --timeout 1s
+	run -75 deliver --starttls --timeout 1s
 	assert_output --partial 'TLS: silent for 1 s, giving up'
 }
 
