@@ -4214,6 +4214,7 @@ struct tls {
 	char subject[256];      /* of the certificate that was not accepted */
 	short reads, writes;    /* what poll() is to wait for before the next try */
 	bool dry;               /* nothing more is to be read before poll() says so */
+	bool over;              /* the end came with the octets last read, and is still to be told */
 	bool early;             /* octets go, or may come, before the handshake is complete */
 	char *kept;             /* client: what went so, should it have to go again */
 	size_t early_left, kept_len, kept_sent, flight_sent;
@@ -4922,7 +4923,7 @@ static bool link_pin_good(const struct link *k, const struct tls_context *x)
 }
 
 /* All records that have come and fit: one at a time, each would get a reply of its
- * own.  What ends the session shows again at the next call. */
+ * own.  What ends the session behind them is told at the next call, by OpenSSL again. */
 static ssize_t tls_read(struct link *k, char *in, size_t len)
 {
 	size_t got = 0;
@@ -4936,6 +4937,7 @@ static ssize_t tls_read(struct link *k, char *in, size_t len)
 		got += n > 0 ? (size_t)n : 0;
 	} while (n > 0 && got < len && SSL_has_pending(k->tls->ssl));
 	k->tls->dry = n == LINK_AGAIN;
+	k->tls->over = got > 0 && (n == 0 || n == LINK_FAILED);
 	return got > 0 ? (ssize_t)got : n;
 }
 
@@ -4967,7 +4969,7 @@ static bool is_tls(const struct link *k)
 /* Octets that poll() does not know of; a part of a record alone is none. */
 static bool link_pending(const struct link *k)
 {
-	return is_tls(k) && !k->tls->dry && (SSL_has_pending(k->tls->ssl) ||
+	return is_tls(k) && !k->tls->dry && (k->tls->over || SSL_has_pending(k->tls->ssl) ||
 	    BIO_ctrl_pending(SSL_get_rbio(k->tls->ssl)) > 0);
 }
 

@@ -459,6 +459,42 @@ lockstep 7 9'
 	rm listener.err
 }
 
+@test "an end that comes in one piece with octets is seen at once, though the connection stays" {
+	secured tls --trace
+	for how in close_notify nonsense; do
+		: >listener.err
+		/usr/bin/python3 - "$address" $how "$certs/ca.pem" <<-'PY'
+		import socket, ssl, sys
+		host, port = sys.argv[1].split(":")
+		raw = socket.create_connection((host, int(port)), 20)
+		come, go = ssl.MemoryBIO(), ssl.MemoryBIO()
+		tls = ssl.create_default_context(cafile=sys.argv[3]).wrap_bio(come, go, server_hostname=host)
+		while True:
+		    try:
+		        tls.do_handshake()
+		        break
+		    except ssl.SSLWantReadError:
+		        raw.sendall(go.read())
+		        come.write(raw.recv(65536))
+		tls.write(b"BSMTP x\r\nMAIL FROM:<a@x.example>\r\n")
+		if sys.argv[2] == "close_notify":
+		    try:
+		        tls.unwrap()
+		    except ssl.SSLWantReadError:
+		        pass
+		octets = go.read()
+		if sys.argv[2] == "nonsense":
+		    octets += b"\x17\x03\x03\0\x20" + b"x" * 32
+		raw.sendall(octets)
+		while raw.recv(65536):      # fails after 20 s without an end
+		    pass
+		PY
+		await has 'end: eof' listener.err
+		grep -q '<~  MAIL' listener.err
+	done
+	rm listener.err
+}
+
 @test "the connection ends behind the client's whole stream: nothing is called delivered" {
 	certs=$BATS_FILE_TMPDIR
 	start_peer "tls:$certs/good.pem" 'send:220 x\r\n' 'recv:QUIT' \

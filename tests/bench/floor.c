@@ -5,8 +5,9 @@
  *	floor receive -d MS FILE HOST	take one connection at a free port of HOST, its
  *					address in FILE; at its end, MS later, reply
  *	floor send HOST PORT OCTETS	send so many, then wait for that reply
- *	floor receive -t CERT FILE HOST	the same over TLS, CERT with its key; at the end no
- *	floor send -t HOST PORT OCTETS	delay.  Whose certificate it is is not looked at
+ *	floor receive -t CERT FILE HOST	the same over TLS, CERT with its key; no delay at
+ *	floor send -t HOST PORT OCTETS	the end, and whose certificate it is is not looked
+ *					at.  With -DWITH_TLS: to load the library takes time
  *	floor connect HOST PORT CMD...	run CMD with a socket as its standard output
  *	floor rtt HOST PORT		print the milliseconds that connecting takes
  *	floor idle HOST PORT N		hold N sessions that have sent a message each
@@ -36,8 +37,10 @@
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef WITH_TLS
 #include <openssl/err.h>
 #include <openssl/ssl.h>
+#endif
 #ifdef __linux__
 #include <sys/prctl.h>
 #endif
@@ -247,6 +250,7 @@ static int send_octets(const char *host, const char *port, unsigned long long oc
 
 /* ---- the same over TLS ---- */
 
+#ifdef WITH_TLS
 static void die_of_tls(const char *what)
 {
 	fprintf(stderr, "floor: %s\n", what);
@@ -314,6 +318,7 @@ static int send_secured(const char *host, const char *port, unsigned long long o
 	}
 	return 0;
 }
+#endif
 
 static int run_connected(const char *host, const char *port, char **cmd)
 {
@@ -472,12 +477,14 @@ int main(int argc, char **argv)
 		return run_timed(false, argv + 2);
 	if (strcmp(verb, "receive") == 0 && argc == 6 && strcmp(argv[2], "-d") == 0)
 		return receive(atol(argv[3]), argv[4], argv[5]);
-	if (strcmp(verb, "receive") == 0 && argc == 6 && strcmp(argv[2], "-t") == 0)
-		return receive_secured(argv[3], argv[4], argv[5]);
 	if (strcmp(verb, "send") == 0 && argc == 5)
 		return send_octets(argv[2], argv[3], strtoull(argv[4], NULL, 10));
+#ifdef WITH_TLS
+	if (strcmp(verb, "receive") == 0 && argc == 6 && strcmp(argv[2], "-t") == 0)
+		return receive_secured(argv[3], argv[4], argv[5]);
 	if (strcmp(verb, "send") == 0 && argc == 6 && strcmp(argv[2], "-t") == 0)
 		return send_secured(argv[3], argv[4], strtoull(argv[5], NULL, 10));
+#endif
 	if (strcmp(verb, "connect") == 0 && argc > 4)
 		return run_connected(argv[2], argv[3], argv + 4);
 	if (strcmp(verb, "rtt") == 0 && argc == 4)

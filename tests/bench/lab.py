@@ -34,7 +34,7 @@ VARIES = tuple((re.compile(pattern), name) for pattern, name in (
     (r"-m \d+", "-m N"), (r"-s \d+ ", "-s SESSIONS "), (r"-l \d+", "-l SIZE"), (r"store-\d+", "PLACE"),
     (r"stream-\d+", "stream-SIZE"), (r"peer\d+\.example", "NAME"), (r"--latency \d+ms", "--latency RTT"),
     (r"receive -d \d+ (\S+) \S+", r"receive -d RTT \1 HOST"),
-    (r"(floor connect|floor send -t|floor send|floor idle|send\.py) \S+ \d+", r"\1 HOST PORT"),
+    (r"(floor connect|floor-tls send -t|floor send|floor idle|send\.py) \S+ \d+", r"\1 HOST PORT"),
     (r"(send HOST PORT|send -t HOST PORT) \d+", r"\1 OCTETS"), (r"(send\.py HOST PORT|PLACE|seq|idle HOST PORT|max-connections) \d+", r"\1 N"),
     (r"\b\d+\.(mbox|curl)", r"N.\1"), (r"repeat \d+", "repeat MIB"), (r"(--host[= ]|--server )\S+", r"\1HOST"),
     (r"(--port[= ])\d+", r"\1PORT"), (r"files PLACE N \d+", "files PLACE N GROUP")))
@@ -209,8 +209,9 @@ class Listener(Server):
 class Receiver(Server):
     """The other end of a raw connection; it prints the octets that came."""
 
-    def __init__(self, host, delay=0, bind="127.0.0.1", how=None):
-        super().__init__(host, "floor receive %s ADDRESS-%d %s" % (how or "-d %d" % delay, next(serial), bind))
+    def __init__(self, host, delay=0, bind="127.0.0.1", cert=None):
+        how = "floor-tls receive -t " + cert if cert else "floor receive -d %d" % delay
+        super().__init__(host, "%s ADDRESS-%d %s" % (how, next(serial), bind))
 
     def __exit__(self, kind, value, trace):
         if kind is None:
@@ -371,8 +372,8 @@ def workplace(build, bsmtp, floor_c):
     place = os.path.join(build, "bench.%d" % os.getpid())
     os.makedirs(place + "/bin")
     try:
-        subprocess.run([os.environ.get("CC", "cc"), "-O2", "-o", place + "/bin/floor", floor_c,
-                        "-lssl", "-lcrypto"], check=True)
+        for name, flags in (("floor", []), ("floor-tls", ["-DWITH_TLS", "-lssl", "-lcrypto"])):
+            subprocess.run([os.environ.get("CC", "cc"), "-O2", "-o", "%s/bin/%s" % (place, name), floor_c, *flags], check=True)
         shutil.copy(bsmtp, place + "/bin/bsmtp")
         for name, text in (("aiosmtpd-mailbox.py", AIOSMTPD), ("smtplib-send.py", SMTPLIB)):
             with open(os.path.join(place, name), "w", encoding="ascii") as f:
