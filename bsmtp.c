@@ -10653,11 +10653,20 @@ static void session_stop(struct session *s, enum bsmtp_answer answer)
 	(void)session_flush(s);
 }
 
+/* Then the peer is not silent, unless it does not read what it was told. */
+static bool we_are_at_work(const struct session *s)
+{
+	return s->claim != NULL || s->verdict_us != 0 ||
+	    ((s->pending > 0 || s->first != NULL || s->resume_us != 0) && s->out == NULL);
+}
+
 /* What time has brought: delays that are over, silence, the end of lingering. */
 static void session_time(struct session *s, int64_t now)
 {
 	int64_t silence = (int64_t)options.timeout_ms * 1000;
 
+	if (we_are_at_work(s))
+		s->progress_us = now;
 	if (s->resume_us != 0 && now >= s->resume_us) {
 		s->resume_us = 0;
 		(void)session_work(s, "", 0);
@@ -10676,10 +10685,6 @@ static void session_time(struct session *s, int64_t now)
 		if (!is_open(s))
 			return;
 	}
-	if (s->claim != NULL || s->verdict_us != 0)
-		s->progress_us = now;
-	if (s->pending > 0 || s->first != NULL || s->resume_us != 0)
-		s->progress_us = s->out != NULL ? s->progress_us : now;
 	if (s->listener->stop_us != 0 && silence > 2000000)
 		silence = 2000000;
 	if (now - s->progress_us < silence)
@@ -10756,10 +10761,13 @@ static void reap(struct listener *l)
 static void take_committed(struct listener *l)
 {
 	struct job *job = worker_take(&l->committer), *next;
+	int64_t now = now_us();
 
 	for (; job != NULL; job = next) {
 		struct delivery *d = (struct delivery *)(void *)job;
 		next = job->next;
+		if (we_are_at_work(d->session))         /* until now */
+			d->session->progress_us = now;
 		d->session->pending--;
 		l->pending--;
 		delivered(d);
