@@ -2,7 +2,7 @@
 .POSIX:
 
 CC = cc
-CFLAGS = -O2 -g
+CFLAGS = -O3 -g
 WARN = -std=c11 -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes \
 	-Wwrite-strings -Wcast-qual -Wformat=2 -Wundef -Wvla -Wconversion
 LIBS = -lssl -lcrypto -lpthread

