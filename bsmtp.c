@@ -2612,6 +2612,8 @@ static const struct {
 	[BSMTP_ANSWER_NO_SPACE] = { "452", "4.3.1 no space to store it" },
 	[BSMTP_ANSWER_STORE_FAILED] = { "451", "4.3.0 it could not be stored" },
 	[BSMTP_ANSWER_NOT_TAKEN] = { "554", "5.3.0 it was not accepted" },
+	[BSMTP_ANSWER_LOOPS] = { "554", "5.4.6 too many hops: it goes in a circle" },
+	[BSMTP_ANSWER_DASH] = { "553", "5.1.3 a recipient that begins with - is not taken here" },
 	[BSMTP_ANSWER_STOPPING] = { "421", "4.3.2 shutting down" },
 	[BSMTP_ANSWER_TIMEOUT] = { "421", "4.4.2 silent for too long" },
 	[BSMTP_ANSWER_BUSY] = { "421", "4.7.0 too many connections" },
@@ -2809,12 +2811,20 @@ static bool may_open(const struct bsmtp_server *s)
 	    s->config->auth && private);
 }
 
+/* Whether BSMTP would be refused, for who the peer is or for the want of TLS. */
+static bool refuses_opening(const struct bsmtp_server *s)
+{
+	return !may_open(s) || (s->config->require_tls && !(s->flags & BSMTP_PEER_TLS));
+}
+
 static unsigned offered(const struct bsmtp_server *s)
 {
 	unsigned keys = s->config->keywords;
 	bool private = (s->flags & (BSMTP_PEER_TLS | BSMTP_PEER_LOCAL)) != 0;
+	bool taken = s->config->opening == BSMTP_OPENING_ACCEPT ||
+	    s->config->opening == BSMTP_OPENING_SILENT;
 
-	if (!may_open(s) || s->config->opening == BSMTP_OPENING_UNKNOWN)
+	if (refuses_opening(s) || !taken)
 		keys &= ~(unsigned)BSMTP_KEY_BSMTP;
 	if (!s->config->starttls || (s->flags & BSMTP_PEER_TLS))
 		keys &= ~(unsigned)BSMTP_KEY_STARTTLS;
@@ -2948,8 +2958,8 @@ void bsmtp_server_lend(struct bsmtp_server *s, struct bsmtp_held *held, size_t h
 
 static void reset_transaction(struct bsmtp_server *s)
 {
-	s->mail_tried = s->mail_ok = s->utf8 = s->chunks = false;
-	s->rcpts = 0;
+	s->mail_tried = s->mail_ok = s->utf8 = s->oversize = s->chunks = false;
+	s->rcpts = s->rcpts_new = 0;
 	s->verdict = 0;
 	s->size = 0;
 	memset(&s->decoder, 0, sizeof s->decoder);
@@ -2973,12 +2983,25 @@ static void condemn(struct bsmtp_server *s, unsigned answer, uint64_t argument)
 	s->verdict_argument = argument;
 }
 
+/* Every recipient is known to have this message: its body is passed over, whatever it
+ * holds. */
+static bool is_duplicate(const struct bsmtp_server *s)
+{
+	return s->verdict == 0 && s->rcpts > 0 && s->rcpts_new == 0;
+}
+
+static bool is_refusal(const struct bsmtp_fault *f)
+{
+	return f->action == BSMTP_FAULT_REPLY && f->reply.at[0] > '3';
+}
+
 /* The body is whole; nothing of what was refused before cut it short. */
 static void finish_body(struct bsmtp_server *s, struct bsmtp_server_event *event)
 {
 	struct bsmtp_fault *f = NULL;
 	uint64_t argument = 0;
 	unsigned answer = BSMTP_ANSWER_STORED;
+	bool duplicate = is_duplicate(s);
 
 	if (!s->resumed)
 		tap_line(s->config->tap, s->tap_context, BSMTP_TAP_BODY, slice("", 0), s->wire);
@@ -2998,7 +3021,7 @@ static void finish_body(struct bsmtp_server *s, struct bsmtp_server_event *event
 		}
 	}
 	s->resumed = false;
-	if (f != NULL) {
+	if (f != NULL && !(duplicate && is_refusal(f))) {
 		answer = fault_answer(s, f, &argument);
 		if (f->action == BSMTP_FAULT_REPLY && f->reply.at[0] != '2')
 			condemn(s, answer, argument);
@@ -3029,6 +3052,8 @@ static size_t body_text(struct bsmtp_server *s, const char *in, size_t len,
 	uint64_t left = s->config->max_size > s->size ? s->config->max_size - s->size : 0;
 	size_t used;
 
+	if (is_duplicate(s))
+		return len;
 	if (left == 0 && len > 0)
 		condemn(s, ANSWER_TOO_BIG, 0);
 	else if (left < len)            /* give what fits, wherever the input is cut */
@@ -3126,7 +3151,8 @@ static void accept_call(struct bsmtp_server *s, const struct call *call, unsigne
 /* What follows the command's CRLF is TLS, and no octet of it is looked at here. */
 static void start_tls(struct bsmtp_server *s, struct call *call)
 {
-	abort_transaction(s, call->event);
+	s->aborting = s->mail_ok;       /* told under TLS, for this event is taken */
+	reset_transaction(s);
 	owe(s, ANSWER_TLS, 0);
 	call->event->type = BSMTP_SERVER_STARTTLS;
 	s->state = SERVER_TLS;
@@ -3144,24 +3170,30 @@ static void act_starttls(struct bsmtp_server *s, struct call *call)
 		start_tls(s, call);
 }
 
-/* BSMTP's opening-params: STARTTLS is the one there is. */
-static void open_with(struct bsmtp_server *s, struct call *call, struct bsmtp_slice parameter)
+static bool names_starttls(struct bsmtp_slice parameters)
 {
-	bool wanted = same(parameter, "STARTTLS");
+	struct bsmtp_parameter p;
+	ptrdiff_t n;
 
-	if (!wanted || !(offered(s) & BSMTP_KEY_STARTTLS)) {
-		owe(s, ANSWER_NO_PARAMETER, 0);
-		if (wanted)             /* what follows is TLS, and not looked at */
-			end_with(s, BSMTP_END_REFUSED);
-		return;
-	}
-	start_tls(s, call);
-	call->event->number = 1;
+	for (; (n = bsmtp_parameter_parse(&p, parameters.at, parameters.len)) > 0;
+	    parameters = slice(parameters.at + n, parameters.len - (size_t)n))
+		if (same(p.keyword, "STARTTLS"))
+			return true;
+	return false;
 }
 
-static bool refuses_opening(const struct bsmtp_server *s)
+/* BSMTP's opening-params: STARTTLS is the one there is, and it stands alone.  What
+ * follows it is TLS, so that nothing is looked at where it is refused. */
+static void open_with(struct bsmtp_server *s, struct call *call, struct bsmtp_slice parameters)
 {
-	return !may_open(s) || (s->config->require_tls && !(s->flags & BSMTP_PEER_TLS));
+	if (same(trim(parameters), "STARTTLS") && (offered(s) & BSMTP_KEY_STARTTLS)) {
+		start_tls(s, call);
+		call->event->number = 1;
+		return;
+	}
+	owe(s, ANSWER_NO_PARAMETER, 0);
+	if (names_starttls(parameters))
+		end_with(s, BSMTP_END_REFUSED);
 }
 
 static void act_hello(struct bsmtp_server *s, struct call *call)
@@ -3177,7 +3209,7 @@ static void act_hello(struct bsmtp_server *s, struct call *call)
 		return;
 	}
 	if (n < name.len) {
-		open_with(s, call, trim(slice(name.at + n, name.len - n)));
+		open_with(s, call, slice(name.at + n, name.len - n));
 		return;
 	}
 	if (call->verb == BSMTP_VERB_BSMTP && refuses_opening(s)) {
@@ -3219,77 +3251,133 @@ static void act_bsmtp(struct bsmtp_server *s, struct call *call)
 	case BSMTP_OPENINGS:
 		break;
 	}
+	s->streams = true;
 	act_hello(s, call);
 }
 
-/* The parameters of MAIL: 0, or the answer that refuses them. */
-static unsigned mail_parameters(struct bsmtp_server *s, struct bsmtp_slice rest,
-    struct bsmtp_server_event *event)
+static bool parse_size_value(uint64_t *size, struct bsmtp_slice value)
 {
-	while (rest.len > 0) {
-		struct bsmtp_parameter p;
-		uint64_t size = 0;
-		ptrdiff_t used = bsmtp_parameter_parse(&p, rest.at, rest.len);
-		unsigned keys = s->hello == BSMTP_VERB_HELO ? 0 : s->config->keywords;
-		if (used <= 0)
+	return value.len > 0 &&
+	    bsmtp_number_parse(size, value.at, value.len) == (ptrdiff_t)value.len;
+}
+
+/* One parameter of MAIL, which belongs to the keyword *key: 0, or the answer that
+ * refuses it. */
+static unsigned mail_parameter(struct bsmtp_server *s, const struct bsmtp_parameter *p,
+    struct bsmtp_server_event *event, unsigned *key)
+{
+	uint64_t size = 0;
+
+	*key = 0;
+	if (same(p->keyword, "SIZE")) {
+		*key = BSMTP_KEY_SIZE;
+		if (!parse_size_value(&size, p->value))
 			return ANSWER_BAD_PARAMETER;
-		rest = slice(rest.at + used, rest.len - (size_t)used);
-		if (same(p.keyword, "SIZE") && (keys & BSMTP_KEY_SIZE)) {
-			if (p.value.at == NULL || bsmtp_number_parse(&size, p.value.at, p.value.len) !=
-			    (ptrdiff_t)p.value.len)
-				return ANSWER_BAD_PARAMETER;
-			if (size > s->config->max_size)
-				return ANSWER_TOO_BIG;
-		} else if (same(p.keyword, "BODY") && (keys & BSMTP_KEY_8BITMIME)) {
-			if (!same(p.value, "8BITMIME") && !same(p.value, "7BIT"))
-				return ANSWER_BAD_PARAMETER;
-			event->eightbit = same(p.value, "8BITMIME");
-		} else if (same(p.keyword, "SMTPUTF8") && p.value.at == NULL &&
-		    (keys & BSMTP_KEY_SMTPUTF8)) {
-			event->utf8 = true;
-		} else if (same(p.keyword, "TRANSID") && (keys & BSMTP_KEY_BSMTP)) {
-			if (!bsmtp_transid_valid(p.value))
-				return ANSWER_BAD_PARAMETER;
-			event->transid = p.value;
-		} else {
-			return ANSWER_NO_PARAMETER;
-		}
+		s->oversize = size > s->config->max_size;
+	} else if (same(p->keyword, "BODY")) {
+		*key = BSMTP_KEY_8BITMIME;
+		event->eightbit = same(p->value, "8BITMIME");
+		if (!event->eightbit && !same(p->value, "7BIT"))
+			return ANSWER_BAD_PARAMETER;
+	} else if (same(p->keyword, "SMTPUTF8")) {
+		*key = p->value.at == NULL ? BSMTP_KEY_SMTPUTF8 : 0;
+		event->utf8 = true;
+	} else if (same(p->keyword, "TRANSID")) {
+		*key = BSMTP_KEY_BSMTP;
+		event->transid = p->value;
+		if (!bsmtp_transid_valid(p->value))
+			return ANSWER_BAD_PARAMETER;
 	}
 	return 0;
 }
 
+/* The parameters of MAIL: 0, or the answer that refuses them.  Each stands once. */
+static unsigned mail_parameters(struct bsmtp_server *s, struct bsmtp_slice rest,
+    struct bsmtp_server_event *event)
+{
+	unsigned keys = s->hello == BSMTP_VERB_HELO ? 0 : s->config->keywords, seen = 0;
+
+	while (rest.len > 0) {
+		struct bsmtp_parameter p;
+		ptrdiff_t used = bsmtp_parameter_parse(&p, rest.at, rest.len);
+		unsigned refusal, key;
+		if (used <= 0)
+			return ANSWER_BAD_PARAMETER;
+		rest = slice(rest.at + used, rest.len - (size_t)used);
+		refusal = mail_parameter(s, &p, event, &key);
+		if (!(keys & key))
+			return ANSWER_NO_PARAMETER;
+		if (refusal != 0 || (seen & key))
+			return ANSWER_BAD_PARAMETER;
+		seen |= key;
+	}
+	return 0;
+}
+
+/* MAIL in an open transaction: that one has failed, with what follows of it, until its
+ * body ends or RSET comes (RFC 5321 4.1.4 has no nesting). */
+static void nest_mail(struct bsmtp_server *s, struct call *call)
+{
+	owe(s, ANSWER_NESTED, 0);
+	condemn(s, ANSWER_NESTED, 0);
+	if (s->mail_ok)
+		call->event->type = BSMTP_SERVER_ABORT;
+	s->mail_ok = false;
+}
+
+/* Who may say MAIL now: 0, or the answer that refuses it. */
+static unsigned refuse_sender(const struct bsmtp_server *s)
+{
+	if (s->hello == 0 && s->config->opening != BSMTP_OPENING_UNKNOWN)
+		return ANSWER_NO_HELLO;
+	if (s->config->require_tls && !(s->flags & BSMTP_PEER_TLS))
+		return ANSWER_NEEDS_TLS;
+	if (s->config->auth)
+		return s->authed ? 0 : ANSWER_NEEDS_AUTH;
+	return s->flags & BSMTP_PEER_ALLOWED ? 0 : BSMTP_ANSWER_NOT_ALLOWED;
+}
+
+/* Path and parameters of MAIL: 0, or the answer that refuses them.  The size of a
+ * message with an id is judged with its recipients: some may have it already. */
+static unsigned refuse_mail(struct bsmtp_server *s, struct bsmtp_slice rest, struct bsmtp_slice *path,
+    struct bsmtp_server_event *event)
+{
+	ptrdiff_t used = path_argument(&rest, "FROM:") ? bsmtp_path_parse(path, rest.at, rest.len,
+	    BSMTP_PATH_NULL | BSMTP_PATH_UTF8) : BSMTP_BAD;
+	unsigned refusal;
+
+	if (used <= 0)
+		return ANSWER_BAD_PATH;
+	refusal = mail_parameters(s, slice(rest.at + used, rest.len - (size_t)used), event);
+	if (refusal != 0)
+		return refusal;
+	if (bsmtp_has_8bit(*path) && !event->utf8)
+		return ANSWER_NEEDS_UTF8;
+	if (event->transid.len > 0)
+		return 0;
+	if (s->oversize)
+		return ANSWER_TOO_BIG;
+	return s->flags & BSMTP_PEER_EARLY ? ANSWER_EARLY : 0;
+}
+
 static void act_mail(struct bsmtp_server *s, struct call *call)
 {
-	struct bsmtp_slice rest = call->argument, path = slice("", 0);
-	unsigned refusal = 0;
-	ptrdiff_t used;
+	struct bsmtp_slice path = slice("", 0);
+	unsigned refusal;
 
 	if (s->config->stopping) {
 		owe(s, BSMTP_ANSWER_STOPPING, 0);
 		end_with(s, BSMTP_END_QUIT);
 		return;
 	}
-	if (s->mail_ok || s->chunks) {
-		owe(s, ANSWER_NESTED, 0);
+	if (s->mail_ok || s->chunks || s->verdict != 0) {
+		nest_mail(s, call);
 		return;
 	}
 	s->mail_tried = true;
-	used = path_argument(&rest, "FROM:") ? bsmtp_path_parse(&path, rest.at, rest.len,
-	    BSMTP_PATH_NULL | BSMTP_PATH_UTF8) : BSMTP_BAD;
-	if (s->hello == 0 && s->config->opening != BSMTP_OPENING_UNKNOWN)
-		refusal = ANSWER_NO_HELLO;
-	else if (s->config->require_tls && !(s->flags & BSMTP_PEER_TLS))
-		refusal = ANSWER_NEEDS_TLS;
-	else if (s->config->auth ? !s->authed : !(s->flags & BSMTP_PEER_ALLOWED))
-		refusal = s->config->auth ? ANSWER_NEEDS_AUTH : BSMTP_ANSWER_NOT_ALLOWED;
-	else if (used <= 0)
-		refusal = ANSWER_BAD_PATH;
-	else
-		refusal = mail_parameters(s, slice(rest.at + used, rest.len - (size_t)used), call->event);
-	if (refusal == 0 && bsmtp_has_8bit(path) && !call->event->utf8)
-		refusal = ANSWER_NEEDS_UTF8;
-	if (refusal == 0 && (s->flags & BSMTP_PEER_EARLY) && call->event->transid.len == 0)
-		refusal = ANSWER_EARLY;
+	refusal = refuse_sender(s);
+	if (refusal == 0)
+		refusal = refuse_mail(s, call->argument, &path, call->event);
 	if (refusal != 0) {
 		owe(s, refusal, 0);
 		return;
@@ -3301,52 +3389,91 @@ static void act_mail(struct bsmtp_server *s, struct call *call)
 	accept_call(s, call, ANSWER_MAIL);
 }
 
+/* What the caller says of a recipient: STORED takes it, DUPLICATE knows that it has this
+ * message, the others refuse it. */
+static enum bsmtp_answer judge_rcpt(const struct bsmtp_server *s, struct bsmtp_slice path)
+{
+	return s->config->judge != NULL ? s->config->judge(s->judge_context, path) :
+	    BSMTP_ANSWER_STORED;
+}
+
+/* RCPT by its form and place: 0, or the answer that refuses it. */
+static unsigned refuse_rcpt(const struct bsmtp_server *s, struct bsmtp_slice rest,
+    struct bsmtp_slice *path)
+{
+	ptrdiff_t used = path_argument(&rest, "TO:") ? bsmtp_path_parse(path, rest.at, rest.len,
+	    BSMTP_PATH_POSTMASTER | BSMTP_PATH_UTF8) : BSMTP_BAD;
+
+	if (s->chunks)
+		return ANSWER_NESTED;
+	if (!s->mail_ok)
+		return ANSWER_NO_MAIL;
+	if (used <= 0)
+		return ANSWER_BAD_RCPT;
+	if ((size_t)used < rest.len)
+		return ANSWER_NO_PARAMETER;
+	return bsmtp_has_8bit(*path) && !s->utf8 ? ANSWER_NEEDS_UTF8 : 0;
+}
+
+/* A new recipient: whether there is room for it, and for the message. */
+static unsigned refuse_new_rcpt(const struct bsmtp_server *s, enum bsmtp_answer judged)
+{
+	if (judged != BSMTP_ANSWER_STORED)
+		return judged;
+	if (s->oversize)
+		return ANSWER_TOO_BIG;
+	return s->rcpts_new >= s->config->max_recipients ? ANSWER_TOO_MANY : 0;
+}
+
 static void act_rcpt(struct bsmtp_server *s, struct call *call)
 {
-	struct bsmtp_slice rest = call->argument, path = slice("", 0);
-	ptrdiff_t used = path_argument(&rest, "TO:") ? bsmtp_path_parse(&path, rest.at, rest.len,
-	    BSMTP_PATH_POSTMASTER | BSMTP_PATH_UTF8) : BSMTP_BAD;
-	unsigned refusal = 0;
+	struct bsmtp_slice path = slice("", 0);
+	unsigned refusal = refuse_rcpt(s, call->argument, &path);
+	bool known = false;
 
-	if (!s->mail_ok || s->chunks)
-		refusal = s->chunks ? ANSWER_NESTED : ANSWER_NO_MAIL;
-	else if (used <= 0)
-		refusal = ANSWER_BAD_RCPT;
-	else if ((size_t)used < rest.len)
-		refusal = ANSWER_NO_PARAMETER;
-	else if (bsmtp_has_8bit(path) && !s->utf8)
-		refusal = ANSWER_NEEDS_UTF8;
-	else if (s->rcpts >= s->config->max_recipients)
-		refusal = ANSWER_TOO_MANY;
+	if (refusal == 0) {
+		enum bsmtp_answer judged = judge_rcpt(s, path);
+		known = judged == BSMTP_ANSWER_DUPLICATE;
+		refusal = known ? 0 : refuse_new_rcpt(s, judged);
+	}
 	if (refusal != 0) {
 		owe(s, refusal, 0);
 		return;
 	}
 	s->rcpts++;
+	s->rcpts_new += !known;
 	call->event->type = BSMTP_SERVER_RCPT;
 	call->event->text = path;
+	call->event->known = known;
 	accept_call(s, call, ANSWER_RCPT);
 }
 
 /* DATA is answered 354 whatever was refused before, and its body read to the
  * end: RFC 2920 3.1 has clients ready for it, and only so can a body sent blind
- * never be run as commands.  Only where no MAIL was even tried, in an ordinary
- * session, can no body be on its way. */
+ * never be run as commands.  Only where no MAIL was even tried, in a session that
+ * nobody opened with BSMTP, can no body be on its way. */
 static void act_data(struct bsmtp_server *s, struct call *call)
 {
-	bool blind = s->hello == BSMTP_VERB_BSMTP;
 	bool refused = call->custom == ANSWER_CUSTOM &&
 	    s->config->faults[call->custom_argument].reply.at[0] != '3';
 
-	if (s->chunks && !blind) {
+	if (trim(call->argument).len > 0) {     /* no DATA, and a body may follow it */
+		owe(s, ANSWER_BAD_PARAMETER, 0);
+		if (s->streams) {
+			abort_transaction(s, call->event);
+			end_with(s, BSMTP_END_ERROR);
+		}
+		return;
+	}
+	if (s->chunks && !s->streams) {
 		owe(s, ANSWER_NESTED, 0);
 		return;
 	}
-	if (!s->mail_tried && s->hello != BSMTP_VERB_BSMTP) {
+	if (!s->mail_tried && !s->streams) {
 		owe(s, ANSWER_NO_MAIL, 0);
 		return;
 	}
-	if (refused && !blind) {
+	if (refused && !s->streams) {
 		accept_call(s, call, ANSWER_DATA);
 		return;
 	}
@@ -3528,7 +3655,8 @@ static const struct verb {
 
 /* Pages in a browser can be made to post to any port; such a body must not be
  * searched for commands. */
-static const char *const foreign[] = { "GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE" };
+static const char *const foreign[] = { "GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE",
+	"TRACE", "PATCH", "PRI" };
 
 static enum bsmtp_verb verb_of(struct bsmtp_slice word)
 {
@@ -3568,9 +3696,13 @@ static bool fault_permits(struct bsmtp_server *s, struct call *call, const struc
 		return false;
 	}
 	ends = f->action == BSMTP_FAULT_REPLY && memcmp(f->reply.at, "421", 3) == 0;
-	if (!ends && (f->action == BSMTP_FAULT_SILENT || f->reply.at[0] < '4' ||
-	    call->verb == BSMTP_VERB_BDAT || call->verb == BSMTP_VERB_DATA))
+	if (!ends && (!is_refusal(f) || call->verb == BSMTP_VERB_BDAT || call->verb == BSMTP_VERB_DATA))
 		return true;
+	if (call->verb == BSMTP_VERB_RCPT && s->mail_ok &&
+	    judge_rcpt(s, fault_argument(call)) == BSMTP_ANSWER_DUPLICATE) {
+		call->custom = 0;               /* what is known is not judged anew */
+		return true;
+	}
 	s->mail_tried = s->mail_tried || call->verb == BSMTP_VERB_MAIL;
 	owe(s, call->custom, call->custom_argument);
 	if (ends) {
@@ -3757,7 +3889,7 @@ void bsmtp_server_secured(struct bsmtp_server *s, unsigned flags)
 	s->flags = (unsigned char)(flags | BSMTP_PEER_TLS);
 	s->state = SERVER_COMMAND;
 	s->hello = 0;
-	s->authed = false;
+	s->streams = s->authed = false;
 	s->line_len = 0;
 	reset_transaction(s);
 }

@@ -595,6 +595,9 @@ enum bsmtp_answer {
 	BSMTP_ANSWER_NO_SPACE,          /* 452 4.3.1 */
 	BSMTP_ANSWER_STORE_FAILED,      /* 451 4.3.0 */
 	BSMTP_ANSWER_NOT_TAKEN,         /* 554 5.3.0: the store does not want it */
+	BSMTP_ANSWER_LOOPS,             /* 554 5.4.6: too many Received fields */
+	BSMTP_ANSWER_DASH,              /* 553 5.1.3, of RCPT: a command would take it
+	                                 * for an option */
 	BSMTP_ANSWER_STOPPING,          /* 421 4.3.2 shutting down */
 	BSMTP_ANSWER_TIMEOUT,           /* 421 4.4.2 */
 	BSMTP_ANSWER_BUSY,              /* 421 4.7.0 too many connections */
@@ -605,6 +608,13 @@ enum bsmtp_answer {
 	BSMTP_ANSWER_UNDER_WAY,         /* 451 4.3.0: of one that is not stored yet */
 	BSMTP_ANSWER_INTERNAL           /* the first of the engine's own */
 };
+
+/* Asked by the engine about each recipient whose form is good, with the context of its
+ * server: BSMTP_ANSWER_STORED takes it; BSMTP_ANSWER_DUPLICATE says that the id of this
+ * transaction (TRANSID, told with the event MAIL) and this recipient are known, so
+ * that it is answered 2yz whatever would be said of it now, and the message is not
+ * stored for it again; any other answer refuses it. */
+typedef enum bsmtp_answer bsmtp_judge(void *context, struct bsmtp_slice mailbox);
 
 struct bsmtp_server_config {    /* shared by sessions; constant but for `seen` */
 	const char *hostname;   /* NUL-terminated */
@@ -620,6 +630,7 @@ struct bsmtp_server_config {    /* shared by sessions; constant but for `seen` *
 	bool normalize;         /* bare CR and LF are mended, not refused */
 	struct bsmtp_fault *faults;
 	size_t fault_count;
+	bsmtp_judge *judge;     /* may be NULL: every recipient is taken */
 	bsmtp_tap *tap;         /* may be NULL */
 };
 
@@ -636,10 +647,13 @@ enum bsmtp_server_event_type {
 	                         * AUTH is not settled yet */
 	BSMTP_SERVER_HELLO,     /* a session was opened: `text` is who it says */
 	BSMTP_SERVER_MAIL,      /* a transaction begins: `text` is the reverse-path */
-	BSMTP_SERVER_RCPT,      /* `text` is a forward-path of it, accepted */
+	BSMTP_SERVER_RCPT,      /* `text` is a forward-path of it, accepted; `known`:
+	                         * it has the message already */
 	BSMTP_SERVER_TEXT,      /* `text` is the next part of the body */
 	BSMTP_SERVER_MESSAGE,   /* the message is whole: store it, then
-	                         * bsmtp_server_settle() with `ticket` */
+	                         * bsmtp_server_settle() with `ticket`.  Where every
+	                         * recipient is known there was no TEXT, and nothing
+	                         * is to be stored: BSMTP_ANSWER_DUPLICATE */
 	BSMTP_SERVER_ABORT,     /* there will be no message: forget what there is */
 	BSMTP_SERVER_STARTTLS,  /* send what is owed; all that follows the octets
 	                         * used is TLS: bsmtp_server_secured().  `number` is 1
@@ -662,6 +676,7 @@ struct bsmtp_server_event {
 	uint64_t ticket;
 	bool utf8;              /* MAIL: with SMTPUTF8 */
 	bool eightbit;          /* MAIL: with BODY=8BITMIME */
+	bool known;             /* RCPT: not to be stored for again */
 };
 
 enum bsmtp_end {                /* how a session came to its end */
@@ -677,7 +692,7 @@ const char *bsmtp_end_name(enum bsmtp_end end);
 
 struct bsmtp_server {           /* complete, to be embedded; fields are private */
 	struct bsmtp_server_config *config;
-	void *tap_context;
+	void *tap_context, *judge_context;      /* set by the caller after init */
 	struct bsmtp_held *held;
 	size_t held_size;
 	uint64_t held_first, held_next;         /* tickets */
@@ -685,15 +700,17 @@ struct bsmtp_server {           /* complete, to be embedded; fields are private 
 	unsigned char hello;            /* enum bsmtp_verb of the opening, or 0 */
 	unsigned char end;              /* enum bsmtp_end */
 	unsigned char flags;            /* BSMTP_PEER_ bits */
+	bool streams;                   /* BSMTP was said: bodies may come blind */
 	bool authed;
 	unsigned char auth_step;
 	uint64_t auth_ticket;
 	bool mail_tried, mail_ok, utf8; /* of the transaction under way */
+	bool oversize;                  /* it says that it is larger than it may be */
 	bool chunks, last;              /* BDAT has begun it; this one ends it */
 	bool resumed;                   /* a delay is over: no fault twice */
 	bool aborting;                  /* ABORT is the next event */
 	bool dropped;
-	unsigned rcpts;
+	unsigned rcpts, rcpts_new;      /* those taken; of them, not known before */
 	unsigned short verdict;         /* why the body is refused; 0: it is not */
 	uint64_t verdict_argument;
 	uint64_t chunk;                 /* octets of it still to come */

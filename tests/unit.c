@@ -2089,6 +2089,17 @@ struct server_case {
 	bool as_plain;          /* it comes to the same as the first of them all */
 };
 
+/* Two recipients of any message with an id are known; one that begins with - is refused. */
+static enum bsmtp_answer judge(void *context, struct bsmtp_slice mailbox)
+{
+	const bool *has_id = context;
+
+	if (mailbox.len > 0 && mailbox.at[0] == '-')
+		return BSMTP_ANSWER_DASH;
+	return *has_id && (is(mailbox, "b@x") || is(mailbox, "e@x")) ? BSMTP_ANSWER_DUPLICATE :
+	    BSMTP_ANSWER_STORED;
+}
+
 #define PLAIN .hostname = "h", .max_size = 100, .max_recipients = 2, .keywords = BSMTP_KEYS_ALL
 
 static const struct server_case server_cases[] = {
@@ -2124,6 +2135,10 @@ static const struct server_case server_cases[] = {
 	{ "accounts, behind TLS", { PLAIN, .starttls = true, .auth = true }, .held = 64, .flags = BSMTP_PEER_GUEST },
 	{ "a certificate may come", { PLAIN, .starttls = true }, .held = 64, .flags = BSMTP_PEER_GUEST },
 	{ "early", { PLAIN }, .held = 64, .flags = BSMTP_PEER_ALLOWED | BSMTP_PEER_TLS | BSMTP_PEER_EARLY },
+	{ "ids known", { PLAIN, .judge = judge }, .held = 64 },
+	{ "ids known, a tiny queue", { PLAIN, .judge = judge }, .held = BSMTP_SERVER_HELD_MIN },
+	{ "ids known, faults", { PLAIN, .judge = judge }, .held = 64, .faults = { "RCPT b@*=550 5.1.1 gone",
+	    "RCPT#2 d@*=450 4.2.1 later", "BODY=554 5.6.0 no", "RCPT e@*=silent" } },
 	{ "few extensions", { .hostname = "h", .max_size = 0, .max_recipients = 0, .keywords = BSMTP_KEY_PIPELINING }, .held = 64 },
 };
 
@@ -2134,7 +2149,7 @@ struct receiver {
 	struct bsmtp_held *held;
 	size_t held_size, count;
 	uint64_t tickets[512];
-	bool closed, open;
+	bool closed, open, has_id;
 };
 
 static void server_writes(struct receiver *r)
@@ -2217,7 +2232,9 @@ static void server_event(struct receiver *r, const struct bsmtp_server_event *e)
 		    e->type == BSMTP_SERVER_MAIL ? "FROM" : e->type == BSMTP_SERVER_RCPT ? "TO" : "ABORT");
 		add_slice(r->l, e->text);
 		add_slice(r->l, e->transid);
-		addf(r->l, " %d%d\n", e->utf8, e->eightbit);
+		addf(r->l, " %d%d%s\n", e->utf8, e->eightbit, e->known ? " known" : "");
+		if (e->type == BSMTP_SERVER_MAIL)
+			r->has_id = e->transid.len > 0;
 		if (e->type == BSMTP_SERVER_MAIL && r->open)
 			abort();
 		r->open = e->type == BSMTP_SERVER_ABORT ? false : r->open || e->type == BSMTP_SERVER_MAIL;
@@ -2256,6 +2273,7 @@ static void run_server(const void *with, struct bsmtp_slice in, size_t cut, stru
 	t.config.tap = tap;
 	bsmtp_server_init(&r.s, &t.config, t.flags != 0 ? t.flags : BSMTP_PEER_ALLOWED, r.held, r.held_size);
 	r.s.tap_context = &transcribed;
+	r.s.judge_context = &r.has_id;
 	do {
 		size_t end = at < in.len ? piece_end(at, in.len, cut) : in.len, used = 0;
 		char *piece = exact(in.at + at, end - at);
@@ -2357,6 +2375,24 @@ static const struct { const char *name; struct bsmtp_slice in; } sessions[] = {
 	{ "ids", S("BSMTP c\r\nMAIL FROM:<a@x> TRANSID=<1.k@h>\r\nRCPT TO:<b@x>\r\nBDAT 2 LAST\r\n\r\n"
 	    "MAIL FROM:<a@x> TRANSID=<1.k@h\r\nMAIL FROM:<a@x> TRANSID\r\nMAIL FROM:<a@x> transid=<2@h>\r\n"
 	    "RCPT TO:<b@x>\r\nDATA\r\n.\r\nMAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nBDAT 2 LAST\r\n\r\nQUIT\r\n") },
+	{ "ids again", S("BSMTP c\r\nMAIL FROM:<a@x> SIZE=999 TRANSID=<1.k@h>\r\nRCPT TO:<b@x>\r\nRCPT TO:<c@x>\r\n"
+	    "BDAT 1\r\n\nBDAT 101 LAST\r\n" TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN "x"
+	    "MAIL FROM:<a@x> TRANSID=<1.k@h>\r\nRCPT TO:<b@x>\r\nRCPT TO:<d@x>\r\nRCPT TO:<f@x>\r\nRCPT TO:<g@x>\r\n"
+	    "RCPT TO:<e@x>\r\nDATA\r\nhi\r\n.\r\nMAIL FROM:<a@x> TRANSID=<2.k@h>\r\nRCPT TO:<b@x>\r\nDATA\r\n"
+	    "\n\r\n..\r\n.\r\nMAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nRCPT TO:<-d@x>\r\nBDAT 3 LAST\r\nx\r\n"
+	    "MAIL FROM:<a@x> TRANSID=<3.k@h>\r\nRCPT TO:<b@x>\r\nRCPT TO:<d@x>\r\nBDAT 3 LAST\r\na\nbQUIT\r\n") },
+	{ "parameters twice", S("EHLO c\r\nMAIL FROM:<a@x> TRANSID=<1.k@h> TRANSID=<2.k@h>\r\nMAIL FROM:<a@x> SIZE=1 SIZE=1\r\n"
+	    "MAIL FROM:<a@x> BODY=7BIT BODY=8BITMIME\r\nMAIL FROM:<a@x> SMTPUTF8 smtputf8\r\n"
+	    "MAIL FROM:<a@x> SIZE=1 BODY=7BIT SMTPUTF8 TRANSID=<1.k@h>\r\n") },
+	{ "nested", S("BSMTP c\r\n" SEND("b@x") SEND("c@x") "BDAT 2 LAST\r\n\r\n" SEND("b@x") "BDAT 2\r\n\r\n"
+	    SEND("c@x") "MAIL FROM:<d@x>\r\nBDAT 2 LAST\r\n\r\n" SEND("b@x") "MAIL FROM:<a@x>\r\nRSET\r\n" SEND("b@x")
+	    "BDAT 2 LAST\r\n\r\n" SEND("b@x") "MAIL FROM:<a@x>\r\nDATA\r\nRSET\r\n.\r\nQUIT\r\n") },
+	{ "DATA with a word", S("BSMTP c\r\n" SEND("b@x") "DATA now\r\nQUIT\r\n") },
+	{ "DATA with a word, EHLO", S("EHLO c\r\n" SEND("b@x") "DATA now\r\nQUIT\r\n") },
+	{ "a stream that was not opened", S("BSMTP -\r\nDATA\r\nRSET\r\n.\r\n" SEND("b@x") "BDAT 2 LAST\r\n\r\nRSET\r\n"
+	    "DATA\r\n" SEND("evil@x") ".\r\nQUIT\r\n") },
+	{ "STARTTLS in a transaction", S("EHLO c\r\n" SEND("b@x") "STARTTLS\r\nEHLO c\r\n" SEND("b@x") "BDAT 2 LAST\r\n\r\nQUIT\r\n") },
+	{ "HTTP/2", S("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") },
 	{ "nothing", S("") }, { "TLS", S("\x16\x03\x01\x00\xA5\x01\x00\x00\n\xA1\x03") },
 };
 
@@ -2393,7 +2429,7 @@ static const struct { const char *with, *session, *codes; } answers[] = {
 	    "220 250 250 250 501" },
 	{ "plain", "openings", "220 503 503 354 503 501 501 501 555 250 555 250 250 250 250 354 503 354 503" },
 	{ "plain", "transactions",
-	    "220 250 503 503 250 503 250 250 452 501 555 250 501 503 354 503 501 250 250 250 354 250 250 221" },
+	    "220 250 503 503 250 503 503 503 503 503 503 250 501 503 354 503 501 250 250 250 354 250 250 221" },
 	{ "plain", "UTF-8", "220 250 555 250 553 553 250 250 501 250 250 553 503 250 555 501 555 501 501" },
 	{ "plain", "TLS", "220 500" },
 	{ "newlines mended", "bare newlines",
@@ -2410,15 +2446,24 @@ static const struct { const char *with, *session, *codes; } answers[] = {
 	{ "BSMTP unknown", "both framings",
 	    "220 500 250 250 501 354 250 250 250 250 554 250 250 354 554 503 500 500 221" },
 	{ "BSMTP only", "of the very size", "220 550 503 503 354 503 503 503 503 503 503 503 503 503 250 503 503" },
-	{ "plain", "the opening with STARTTLS", "220 555" }, { "plain", "STARTTLS", "220 502 250 502 250 502 503 250 250 250 502 250 221" }, { "plain", "AUTH PLAIN", "220 502 250 250 502 502 502 502 502 502 502 503 250 250 221" },
+	{ "plain", "the opening with STARTTLS", "220 555" }, { "plain", "STARTTLS", "220 502 250 502 250 502 503 250 250 250 502 250 221" }, { "plain", "AUTH PLAIN", "220 502 250 250 502 502 502 502 502 502 502 503 503 503 221" },
 	{ "TLS offered", "the opening with STARTTLS", "220 220 250 250 250 250 250 503 221" },
 	{ "TLS offered", "the opening with STARTTLS again", "220 220 555" },
-	{ "TLS offered", "the opening with a word", "220 555 555 501 250" }, { "TLS offered", "STARTTLS", "220 220 250 503 250 503 503 250 250 250 503 250 221" },
+	{ "TLS offered", "the opening with a word", "220 555" }, { "TLS offered", "STARTTLS", "220 220 250 503 250 503 503 250 250 250 503 250 221" },
 	{ "TLS required", "STARTTLS", "220 220 250 503 250 503 503 250 250 250 503 250 221" }, { "TLS required", "both framings", "220 530" },
 	{ "accounts, in the clear", "AUTH PLAIN", "220 503 250 530 530 530 530 530 530 530 530 530 503 503 221" }, { "accounts, in the clear", "both framings", "220 554" },
 	{ "accounts", "AUTH PLAIN", "220 503 250 530 504 504 501 501 535 235 503 250 250 250 221" }, { "accounts", "AUTH PLAIN, asked", "220 250 334 501 334 235 250 250 250" }, { "accounts", "AUTH LOGIN", "220 250 334 501 334 334 535 334 235 250 250 250 250 221" },
 	{ "accounts", "both framings", "220 250 530 503 503 354 503 530 503 503 503 250 530 354 503 503 500 500 221" }, { "accounts, behind TLS", "the opening with STARTTLS", "220 220 250 250 530 503 503 503 221" },
 	{ "a certificate may come", "the opening with STARTTLS", "220 220 250 250 554 503 503 503 221" }, { "a certificate may come", "both framings", "220 554" },
+	{ "ids known", "ids again", "220 250 250 250 552 250 250 250 250 250 250 452 250 354 250 250 250 354 250 250 250 553 250 250 250 250 554 221" },
+	{ "ids known, faults", "ids again", "220 250 250 250 552 250 250 250 250 250 250 452 354 554 250 250 354 250 250 550 553 554 250 250 450 250 221" },
+	{ "plain", "parameters twice", "220 250 501 501 501 501 250" },
+	{ "plain", "nested", "220 250 250 250 503 503 503 250 250 250 503 503 503 503 250 250 503 250 250 250 250 250 250 503 354 503 221" },
+	{ "plain", "DATA with a word", "220 250 250 250 501" },
+	{ "plain", "DATA with a word, EHLO", "220 250 250 250 501 221" },
+	{ "plain", "a stream that was not opened", "220 501 354 503 503 503 503 250 354 503 221" },
+	{ "TLS offered", "STARTTLS in a transaction", "220 250 250 250 220 250 250 250 250 221" },
+	{ "plain", "HTTP/2", "220 554" },
 	{ "plain", "ids", "220 250 250 250 250 501 501 250 250 354 250 250 250 250 221" },
 	{ "early", "ids", "220 250 250 250 250 501 501 250 250 354 250 450 503 503 221" },
 	{ "few extensions", "ids", "220 250 555 503 503 555 555 555 503 354 503 250 452 554 221" },
