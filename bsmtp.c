@@ -3032,6 +3032,7 @@ static void finish_body(struct bsmtp_server *s, struct bsmtp_server_event *event
 		return;
 	}
 	event->type = BSMTP_SERVER_MESSAGE;
+	event->number = s->size;
 	event->ticket = owe(s, answer, argument);
 	held_at(s, event->ticket)->open = true;
 	reset_transaction(s);
@@ -4105,7 +4106,7 @@ static struct options {
 	struct cidr *allow;
 	size_t allow_count;
 	bool no_smtp, normalize, once, stdio, deadline_given;
-	char *hostname, *address_file;
+	char *hostname, *address_file, *transids;
 	uint64_t max_size, max_recipients, max_connections, max_per_peer;
 	uint64_t count, deadline_ms, latency_ms, cut_octets, cut_messages;
 	unsigned opening, keywords;
@@ -4211,6 +4212,17 @@ static bool fresh_keep(struct fresh *n, bool good)
 	if (!good)
 		(void)unlink(n->tmp);
 	errno = saved;
+	return good;
+}
+
+/* Octets that nobody can guess; false with errno. */
+static bool random_octets(void *out, size_t size)
+{
+	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+	bool good = fd >= 0 && read(fd, out, size) == (ssize_t)size;
+
+	if (fd >= 0)
+		close(fd);
 	return good;
 }
 
@@ -6230,34 +6242,83 @@ static void read_header(struct source *s, struct header *h)
 
 /* ==== 10 stores ========================================================== */
 
+/* What a kill or a power failure leaves, and what the next start makes of it.  A
+ * message is acknowledged at 5 and at d, and not before.  The journal names each
+ * message of a group with a state: `?' when the group is begun, then `+' or `-'.
+ * Whoever opens the journal settles each `?' by what is on the disk.
+ *
+ *	killed			on the disk			the next start
+ *
+ *	files: Maildir, eml
+ *	1 text comes		tmp T				removes T
+ *	2 T is synced		tmp T				removes T
+ *	3 `?' is synced		tmp T, `?'			names it N: stored
+ *	4 T is named N		N, or T if power failed; `?'	T: as 3; else stored
+ *	5 its folder is synced	N, `?' or `+'			stored
+ *
+ *	one file that is appended to: mbox, batch
+ *	a text comes		nothing				nothing
+ *	b `?' is synced		nothing; `?'			not stored
+ *	c it is appended	a part; `?'			cuts it off: not stored
+ *	d the file is synced	all of it; `?' or `+'		stored
+ *
+ * Without an id a message of the file stores needs no journal: at 3 and 4 its sender
+ * has no answer and sends it again.  At d the journal knows the digest of each message,
+ * and does not trust a size: other programs write to the file too.  Where a state
+ * cannot be written the group stays open, nothing of it is undone, and no id is taken
+ * until it is settled.  A command (--exec) cannot be undone: its id is known from when
+ * it has ended, and a kill in between runs it again. */
+
 /* One message on its way to the store.  The loop fills it, the committer
  * settles it; at no time do both hold it. */
 struct job {                    /* the head of what a worker is given */
 	struct job *next;
 };
 
+struct digest {
+	uint64_t a, b;
+};
+
+enum {
+	GROUP_MAX = 1024,       /* messages on their way to the disk, at most */
+	HEAD_KEPT = 64          /* octets of each message that the journal has */
+};
+
 struct delivery {
 	struct job job;
 	int error;              /* errno of the first failure, 0 */
-	int verdict;            /* of a command, as sysexits have it */
 	int fd, side;           /* its file; that of its envelope; -1: none */
-	char name[160], tmp[176];
+	char name[160], tmp[200];
 	char *spool;            /* text that has no file, and how much */
 	size_t spool_len, spool_room;
+	uint64_t head_len;      /* octets that we have put before its text */
 	uint64_t octets;
 	char *from;
-	struct list to;
+	struct list to;         /* whom it is stored for */
+	struct list known;      /* who has it already */
 	bool begun, utf8;
+	bool noted;             /* it stands in the group that was begun last */
+	bool numbered;          /* eml: its envelope has a number */
+	off_t end;              /* appended: where it ends, and what the journal knows of it */
+	struct digest digest, head_digest;
+	char head[2 * HEAD_KEPT + 1];
 	char last;              /* the octet that was put last */
 	struct bsmtp_quoter quoter;
 	struct bsmtp_encoder encoder;
+	unsigned hops;          /* Received fields so far */
+	size_t matched;         /* octets of the line that are those of "Received:" */
+	bool past_header;
 	/* whose it is */
 	struct session *session;
 	uint64_t ticket;
 	char *peer, *helo;
 	const char *protocol;
-	char *transid;          /* NULL: none, or its message is not ours to store */
-	enum bsmtp_answer answer;       /* given already: nothing is to be stored */
+	char *transid;          /* NULL: none */
+	struct digest id;       /* of it */
+	bool claimed;           /* the id is under way as this message */
+	bool waits;             /* for an earlier message of its session with this id */
+	struct delivery *next_claimed;
+	enum bsmtp_answer answer;       /* not STORED: given already, nothing is stored */
 };
 
 static struct delivery *next_of(const struct delivery *d)
@@ -6265,19 +6326,79 @@ static struct delivery *next_of(const struct delivery *d)
 	return (struct delivery *)(void *)d->job.next;
 }
 
-/* What TRANSIDs are known: a hash table in memory, the loop's, and on the disk a
- * log, the committer's. */
-struct known {
-	struct known *next;
-	int64_t seconds;        /* since the Epoch, when it was stored; 0: not yet */
-	char id[BSMTP_TRANSID_MAX + 1];
+/* Whether it is still to be stored. */
+static bool is_due(const struct delivery *d)
+{
+	return d->error == 0 && d->answer == BSMTP_ANSWER_STORED;
+}
+
+/* Who has which message: pairs of an id and a recipient, by their digests.  The loop
+ * asks, the committer adds. */
+struct pair {
+	struct digest name;
+	int64_t seconds;        /* since the Epoch, when it was stored; 0: the place is free */
 };
 
-struct memory {
-	struct known **buckets;
-	size_t room, count;
-	int log;                /* -1: there is none yet */
-	char path[PATH_MAX];    /* empty: the store keeps nothing */
+enum { CLAIMS = 256 };
+
+struct ids {
+	pthread_mutex_t lock;
+	struct digest key;      /* nobody outside knows it: the table cannot be flooded */
+	struct pair *pairs;
+	size_t room, count;     /* room: a power of two, or 0 */
+	struct delivery *claims[CLAIMS];        /* messages under way that have an id */
+};
+
+/* A message of a group, as the journal has it. */
+
+struct part {
+	char state;
+	off_t end;              /* appended: where it ends */
+	struct digest digest;   /* of all of it; of what we have put before its text */
+	struct digest head_digest;
+	size_t head_len;
+	char head[2 * HEAD_KEPT + 1];   /* its first octets, in hex */
+	char tmp[200], name[160];       /* files */
+};
+
+struct group {
+	struct group *next;
+	int64_t seconds;
+	off_t size, start;      /* of the file before it; where its first message begins */
+	off_t state_at;         /* where in the journal its states stand */
+	struct part *parts;
+	size_t count, room;
+	struct grant {          /* who has part `part` of it */
+		struct digest pair;
+		int64_t seconds;
+		size_t part;
+	} *grants;
+	size_t grant_count, grant_room;
+};
+
+struct journal {
+	char path[PATH_MAX];    /* empty: the store has none */
+	int fd;                 /* -1: not open */
+	off_t end;              /* of the records that were read, or written and settled */
+	off_t group_at, group_end, state_at;    /* of the group that was begun last */
+	off_t compact_at;       /* it is written anew when it is larger than this */
+	struct group *open, **open_end;         /* groups that are not settled */
+	int told;               /* errno of the failure that was told last */
+};
+
+struct command {
+	pid_t pid;
+	struct delivery *delivery;
+	int64_t until_us;
+};
+
+enum { COMMANDS_MAX = 8, COMMANDS_EACH = 6 };   /* at a time; of them for one session */
+
+struct pool {
+	struct command running[COMMANDS_MAX];
+	size_t count;
+	struct job *queue, **queue_end;
+	struct job *failed;             /* to start */
 };
 
 struct store {
@@ -6288,7 +6409,9 @@ struct store {
 	uint64_t sequence;      /* of names made by this process */
 	uint64_t number;        /* eml: the last one taken */
 	size_t spooled;         /* octets of messages held in memory */
-	struct memory memory;
+	struct ids ids;
+	struct journal journal;
+	struct pool pool;
 	char host[64];
 };
 
@@ -6297,14 +6420,18 @@ struct store {
  * nothing to make durable. */
 struct store_row {
 	const char *name;
-	bool spools;            /* text has no file of its own until it must */
+	enum { LAYOUT_NONE, LAYOUT_FILES, LAYOUT_APPENDED, LAYOUT_COMMAND } layout;
 	int (*open)(struct store *st);
+	int (*folders)(struct store *st);       /* files: opens, and makes, its folders */
 	int (*begin)(struct store *st, struct delivery *d);
 	int (*text)(struct store *st, struct delivery *d, struct bsmtp_slice text);
 	int (*end)(struct store *st, struct delivery *d);
 	void (*commit)(struct store *st, struct delivery *group);
-	int (*prepare)(struct store *st, struct delivery *d);   /* before the sync */
-	int (*publish)(struct store *st, struct delivery *d);   /* behind it */
+	int (*prepare)(struct store *st, struct delivery *d);   /* files: before the sync */
+	int (*publish)(struct store *st, const char *tmp, const char *name);    /* after it */
+	bool envelopes;         /* files: beside each stands one */
+	bool dotlock;           /* appended: other programs expect FILE.lock */
+	bool from_lines;        /* appended: a From_ line begins a message, and nothing else */
 };
 
 static int write_all(int fd, const char *out, size_t len)
@@ -6321,9 +6448,47 @@ static int write_all(int fd, const char *out, size_t len)
 	return 0;
 }
 
+static int put_at(int fd, const char *out, size_t len, off_t *at)
+{
+	while (len > 0) {
+		ssize_t n = pwrite(fd, out, len, *at);
+		if (n < 0 && errno != EINTR)
+			return -1;
+		if (n > 0) {
+			out += n;
+			len -= (size_t)n;
+			*at += n;
+		}
+	}
+	return 0;
+}
+
+/* Up to len octets at that place; how many there are, or -1. */
+static ssize_t get_at(int fd, char *in, size_t len, off_t at)
+{
+	size_t got = 0;
+
+	while (got < len) {
+		ssize_t n = pread(fd, in + got, len - got, at + (off_t)got);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return -1;
+		if (n == 0)
+			break;
+		got += (size_t)n;
+	}
+	return (ssize_t)got;
+}
+
+static off_t min_off(off_t a, off_t b)
+{
+	return a < b ? a : b;
+}
+
 static int open_dir(const char *path, bool make)
 {
-	if (make && mkdir(path, 0777) != 0 && errno != EEXIST)
+	if (make && mkdir(path, 0700) != 0 && errno != EEXIST)
 		return -1;
 	return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
@@ -6342,6 +6507,933 @@ static int sync_parent(const char *path)
 	if (fd >= 0)
 		close(fd);
 	return done;
+}
+
+enum { LOCK_MS = 10000, LOCK_STEP_MS = 10 };
+
+static void pause_ms(long ms)
+{
+	struct timespec pause = { ms / 1000, ms % 1000 * 1000000 };
+
+	nanosleep(&pause, NULL);
+}
+
+static int lock_file(int fd, short type)
+{
+	struct flock lock;
+
+	memset(&lock, 0, sizeof lock);
+	lock.l_type = type;
+	lock.l_whence = SEEK_SET;
+	return fcntl(fd, F_SETLK, &lock);
+}
+
+/* Takes a lock of the whole file, waiting at most LOCK_MS. */
+static int await_lock(int fd)
+{
+	int tries = LOCK_MS / LOCK_STEP_MS;
+
+	while (lock_file(fd, F_WRLCK) != 0) {
+		if ((errno != EACCES && errno != EAGAIN && errno != EINTR) || tries-- == 0)
+			return -1;
+		pause_ms(LOCK_STEP_MS);
+	}
+	return 0;
+}
+
+/* Whether the path still names the open file; *here is what that is. */
+static bool still_named(int fd, const char *path, struct stat *here)
+{
+	struct stat there;
+
+	return fstat(fd, here) == 0 && stat(path, &there) == 0 && here->st_dev == there.st_dev &&
+	    here->st_ino == there.st_ino;
+}
+
+/* ---- digests: SipHash-1-3 of 128 bits (Aumasson and Bernstein, 2012) ---- */
+
+struct hash {
+	uint64_t v[4], word;
+	uint64_t len;
+};
+
+static uint64_t rotate(uint64_t x, unsigned n)
+{
+	return x << n | x >> (64 - n);
+}
+
+static void hash_round(struct hash *h)
+{
+	uint64_t *v = h->v;
+
+	v[0] += v[1];
+	v[1] = rotate(v[1], 13) ^ v[0];
+	v[0] = rotate(v[0], 32);
+	v[2] += v[3];
+	v[3] = rotate(v[3], 16) ^ v[2];
+	v[0] += v[3];
+	v[3] = rotate(v[3], 21) ^ v[0];
+	v[2] += v[1];
+	v[1] = rotate(v[1], 17) ^ v[2];
+	v[2] = rotate(v[2], 32);
+}
+
+static void hash_begin(struct hash *h, struct digest key)
+{
+	*h = (struct hash){ { key.a ^ UINT64_C(0x736f6d6570736575), key.b ^ UINT64_C(0x646f72616e646f6d) ^ 0xee,
+	    key.a ^ UINT64_C(0x6c7967656e657261), key.b ^ UINT64_C(0x7465646279746573) }, 0, 0 };
+}
+
+static void hash_word(struct hash *h, uint64_t word)
+{
+	h->v[3] ^= word;
+	hash_round(h);
+	h->v[0] ^= word;
+}
+
+static void hash_octet(struct hash *h, char c)
+{
+	h->word |= (uint64_t)(unsigned char)c << (8 * (h->len++ % 8));
+	if (h->len % 8 > 0)
+		return;
+	hash_word(h, h->word);
+	h->word = 0;
+}
+
+/* Eight octets as a number that is the same on every machine. */
+static uint64_t hash_load(const char *at)
+{
+	const unsigned char *p = (const unsigned char *)at;
+
+	return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24 |
+	    (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
+}
+
+static void hash_add(struct hash *h, struct bsmtp_slice s)
+{
+	size_t i = 0;
+
+	while (i < s.len && h->len % 8 > 0)
+		hash_octet(h, s.at[i++]);
+	for (; s.len - i >= 8; i += 8, h->len += 8)
+		hash_word(h, hash_load(s.at + i));
+	while (i < s.len)
+		hash_octet(h, s.at[i++]);
+}
+
+static uint64_t hash_fold(struct hash *h)
+{
+	for (int i = 0; i < 3; i++)
+		hash_round(h);
+	return h->v[0] ^ h->v[1] ^ h->v[2] ^ h->v[3];
+}
+
+static struct digest hash_end(struct hash *h)
+{
+	struct digest d;
+
+	hash_word(h, h->word | h->len << 56);
+	h->v[2] ^= 0xee;
+	d.a = hash_fold(h);
+	h->v[1] ^= 0xdd;
+	d.b = hash_fold(h);
+	return d;
+}
+
+static bool same_digest(struct digest a, struct digest b)
+{
+	return a.a == b.a && a.b == b.b;
+}
+
+/* Of octets that no opponent chooses against us: they are compared, not looked up. */
+static struct digest digest_of(struct bsmtp_slice s)
+{
+	struct hash h;
+
+	hash_begin(&h, (struct digest){ 0, 0 });
+	hash_add(&h, s);
+	return hash_end(&h);
+}
+
+/* ---- ids: who has which message; TRANSID of RFC 1845 ---- */
+
+static int ids_open(struct ids *ids)
+{
+	if (!random_octets(&ids->key, sizeof ids->key))
+		return -1;
+	pthread_mutex_init(&ids->lock, NULL);
+	return 0;
+}
+
+static void ids_close(struct ids *ids)
+{
+	free(ids->pairs);
+	pthread_mutex_destroy(&ids->lock);
+}
+
+/* The name of an id, or of an id and a recipient.  A domain is the same in any case, and
+ * so is "Postmaster" alone (RFC 5321 2.4, 4.5.1). */
+static struct digest ids_name(const struct ids *ids, struct bsmtp_slice id, struct bsmtp_slice mailbox)
+{
+	size_t domain = mailbox.len;
+	struct hash h;
+
+	while (domain > 0 && mailbox.at[domain - 1] != '@')
+		domain--;
+	hash_begin(&h, ids->key);
+	hash_add(&h, id);
+	hash_octet(&h, '\0');
+	hash_add(&h, slice(mailbox.at, domain));
+	for (size_t i = domain; i < mailbox.len; i++)
+		hash_octet(&h, lower(mailbox.at[i]));
+	return hash_end(&h);
+}
+
+static bool is_forgotten(const struct pair *p, int64_t now)
+{
+	return p->seconds + (int64_t)(options.remember_ms / 1000) < now;
+}
+
+/* Where the pair stands, or the free place that it would take. */
+static struct pair *ids_place(const struct ids *ids, struct digest name)
+{
+	size_t i = (size_t)name.a & (ids->room - 1);
+
+	while (ids->pairs[i].seconds != 0 && !same_digest(ids->pairs[i].name, name))
+		i = (i + 1) & (ids->room - 1);
+	return &ids->pairs[i];
+}
+
+/* Drops what is forgotten; gives room for twice of what is left. */
+static void ids_grow(struct ids *ids)
+{
+	struct ids wide = *ids;
+	int64_t now = (int64_t)time(NULL);
+	size_t live = 0;
+
+	for (size_t i = 0; i < ids->room; i++)
+		live += ids->pairs[i].seconds != 0 && !is_forgotten(&ids->pairs[i], now);
+	for (wide.room = 256; wide.room < 4 * (live + 1);)
+		wide.room *= 2;
+	wide.count = live;
+	wide.pairs = grow(NULL, wide.room * sizeof *wide.pairs);
+	memset(wide.pairs, 0, wide.room * sizeof *wide.pairs);
+	for (size_t i = 0; i < ids->room; i++)
+		if (ids->pairs[i].seconds != 0 && !is_forgotten(&ids->pairs[i], now))
+			*ids_place(&wide, ids->pairs[i].name) = ids->pairs[i];
+	free(ids->pairs);
+	ids->pairs = wide.pairs;
+	ids->room = wide.room;
+	ids->count = wide.count;
+}
+
+static void ids_add(struct ids *ids, struct digest name, int64_t seconds)
+{
+	struct pair *p;
+
+	pthread_mutex_lock(&ids->lock);
+	if (ids->count >= ids->room / 2)
+		ids_grow(ids);
+	p = ids_place(ids, name);
+	ids->count += p->seconds == 0;
+	*p = (struct pair){ name, seconds };
+	pthread_mutex_unlock(&ids->lock);
+}
+
+/* Whether this recipient has the message of this id. */
+static bool ids_has(struct ids *ids, struct bsmtp_slice id, struct bsmtp_slice mailbox)
+{
+	struct digest name = ids_name(ids, id, mailbox);
+	const struct pair *p;
+	bool has;
+
+	pthread_mutex_lock(&ids->lock);
+	p = ids->room > 0 ? ids_place(ids, name) : NULL;
+	has = p != NULL && p->seconds != 0 && !is_forgotten(p, (int64_t)time(NULL));
+	pthread_mutex_unlock(&ids->lock);
+	return has;
+}
+
+/* All recipients that a message was stored for have it now. */
+static void ids_add_all(struct ids *ids, const struct delivery *d, int64_t seconds)
+{
+	struct bsmtp_slice id = slice_of(d->transid);
+
+	for (size_t i = 0; i < d->to.count; i++)
+		ids_add(ids, ids_name(ids, id, slice_of(d->to.items[i])), seconds);
+}
+
+/* An id is under way from MAIL to the verdict, as one message: another session's with
+ * the same id is put off, and the next of the same session waits its turn. */
+static void ids_claim(struct ids *ids, struct delivery *d)
+{
+	struct delivery **at = &ids->claims[d->id.a % CLAIMS], *other = *at;
+
+	while (other != NULL && !same_digest(other->id, d->id))
+		other = other->next_claimed;
+	d->waits = other != NULL && other->session == d->session;
+	if (other != NULL) {
+		d->answer = d->waits ? BSMTP_ANSWER_STORED : BSMTP_ANSWER_UNDER_WAY;
+		return;
+	}
+	d->claimed = true;
+	d->next_claimed = *at;
+	*at = d;
+}
+
+static void ids_release(struct ids *ids, struct delivery *d)
+{
+	struct delivery **at = &ids->claims[d->id.a % CLAIMS];
+
+	if (!d->claimed)
+		return;
+	while (*at != d)
+		at = &(*at)->next_claimed;
+	*at = d->next_claimed;
+	d->claimed = false;
+}
+
+/* ---- the journal: one record a group ---- */
+
+/* Lines that end in LF:
+ *
+ *	bsmtp journal 1
+ *	group TIME SIZE START	a group; the file has SIZE octets, its first message
+ *				begins at START
+ *	???			a state for each message: `?', then `+' or `-'
+ *	part END DIGEST HEAD LEN DIGEST
+ *				appended: where it ends, its digest, its first octets,
+ *				how many we put before its text, and their digest
+ *	file TMP NAME		files: the name that it has, and that it gets
+ *	for ID RECIPIENT	of the part before: who has it when it is there
+ *	known TIME ID RECIPIENT	as of a group that is long done
+ *	sum DIGEST		ends a record: of its lines but the states
+ *
+ * States are written over in place, so that this needs no room on the disk.  Every
+ * listener at the store holds the lock from `?' to the last state: a `?' that is read
+ * is of one that was killed, or could not write.  What is behind the last sum is torn. */
+
+static const char journal_magic[] = "bsmtp journal 1\n";
+
+enum { JOURNAL_SLACK = 1 << 20, JOURNAL_RECORD = 1 << 20 };
+
+static void group_free(struct group *g)
+{
+	if (g == NULL)
+		return;
+	free(g->parts);
+	free(g->grants);
+	free(g);
+}
+
+static struct group *group_new(void)
+{
+	struct group *g = grow(NULL, sizeof *g);
+
+	memset(g, 0, sizeof *g);
+	return g;
+}
+
+static struct part *group_add(struct group *g)
+{
+	if (g->count == g->room) {
+		g->room = g->room * 2 + 4;
+		g->parts = grow(g->parts, g->room * sizeof *g->parts);
+	}
+	memset(&g->parts[g->count], 0, sizeof *g->parts);
+	return &g->parts[g->count++];
+}
+
+static void group_grant(struct group *g, struct digest pair, int64_t seconds)
+{
+	if (g->grant_count == g->grant_room) {
+		g->grant_room = g->grant_room * 2 + 4;
+		g->grants = grow(g->grants, g->grant_room * sizeof *g->grants);
+	}
+	g->grants[g->grant_count++] = (struct grant){ pair, seconds, g->count - 1 };
+}
+
+/* What is settled of a group is known from now on. */
+static void group_learn(struct ids *ids, const struct group *g)
+{
+	for (size_t i = 0; i < g->grant_count; i++)
+		if (g->parts[g->grants[i].part].state == '+')
+			ids_add(ids, g->grants[i].pair, g->grants[i].seconds);
+}
+
+static void print_digest(FILE *f, struct digest d)
+{
+	fprintf(f, " %016llx%016llx", (unsigned long long)d.a, (unsigned long long)d.b);
+}
+
+static bool parse_digest(const char *text, struct digest *d)
+{
+	unsigned long long a, b;
+
+	if (strlen(text) != 32 || sscanf(text, "%16llx%16llx", &a, &b) != 2)
+		return false;
+	*d = (struct digest){ a, b };
+	return true;
+}
+
+/* Gives each line of [at, end) to `each`, without its LF, and where it stands; until that
+ * returns false, or what is left is no line. */
+typedef bool line_fn(void *context, char *line, size_t len, off_t at);
+
+static int journal_lines(int fd, off_t at, off_t end, line_fn *each, void *context)
+{
+	char text[32 << 10];
+	size_t len = 0;
+
+	for (;;) {
+		off_t left = end - at - (off_t)len;
+		size_t room = sizeof text - len, want = left < (off_t)room ? (size_t)left : room;
+		ssize_t n = get_at(fd, text + len, want, at + (off_t)len);
+		char *line = text, *lf;
+		if (n < 0)
+			return -1;
+		len += (size_t)n;
+		while ((lf = memchr(line, '\n', len - (size_t)(line - text))) != NULL) {
+			*lf = '\0';
+			if (!each(context, line, (size_t)(lf - line), at + (line - text)))
+				return 0;
+			line = lf + 1;
+		}
+		if (line == text && (n == 0 || len == sizeof text))
+			return 0;               /* no LF any more, or none of ours */
+		at += line - text;
+		len -= (size_t)(line - text);
+		memmove(text, line, len);
+	}
+}
+
+/* A journal that is read: the record under way, and where the last whole one ended. */
+struct reading {
+	struct store *st;
+	struct group *group;
+	struct hash sum;
+	bool states_next, empty;        /* of the record: its states follow; it has no line */
+	bool open;                      /* a state of it is `?' */
+	char states[GROUP_MAX + 1];
+	off_t good;
+};
+
+static void reading_reset(struct reading *r)
+{
+	group_free(r->group);
+	r->group = group_new();
+	hash_begin(&r->sum, (struct digest){ 0, 0 });
+	r->states_next = r->open = false;
+	r->states[0] = '\0';
+	r->empty = true;
+}
+
+static bool read_part(struct part *p, const char *line)
+{
+	char digest[33], head_digest[33];
+	long long end;
+
+	if (sscanf(line, "part %lld %32s %128s %zu %32s", &end, digest, p->head, &p->head_len, head_digest) != 5)
+		return false;
+	p->end = (off_t)end;
+	return parse_digest(digest, &p->digest) && parse_digest(head_digest, &p->head_digest);
+}
+
+static bool read_file(struct part *p, const char *line)
+{
+	return sscanf(line, "file %199s %159s", p->tmp, p->name) == 2 && strchr(p->tmp, '/') == NULL &&
+	    strchr(p->name, '/') == NULL;
+}
+
+/* A message of the group; more than its state is asked of one that is open. */
+static bool read_message(struct reading *r, const char *line)
+{
+	char state = r->states[r->group->count];
+	struct part *p = state != '\0' ? group_add(r->group) : NULL;
+
+	if (p == NULL)
+		return false;
+	p->state = state;
+	return !r->open || (*line == 'p' ? read_part(p, line) : read_file(p, line));
+}
+
+/* "ID RECIPIENT": the recipient is the rest of the line, for it may hold spaces. */
+static bool read_grant(struct reading *r, const char *text, int64_t seconds)
+{
+	const char *space = strchr(text, ' ');
+
+	if (space == NULL || r->group->count == 0)
+		return false;
+	group_grant(r->group, ids_name(&r->st->ids, slice(text, (size_t)(space - text)), slice_of(space + 1)),
+	    seconds);
+	return true;
+}
+
+static bool read_known(struct reading *r, const char *line)
+{
+	long long seconds;
+	int used = 0;
+
+	if (sscanf(line, "known %lld %n", &seconds, &used) != 1 || used == 0)
+		return false;
+	if (r->empty)
+		group_add(r->group)->state = '+';
+	return read_grant(r, line + used, (int64_t)seconds);
+}
+
+/* The states of a group, which no sum covers: they were written over. */
+static bool read_states(struct reading *r, const char *line, size_t len, off_t at)
+{
+	r->states_next = false;
+	r->group->state_at = at;
+	r->open = strchr(line, '?') != NULL;
+	snprintf(r->states, sizeof r->states, "%s", line);
+	return len > 0 && len < sizeof r->states && strspn(line, "?+-") == len;
+}
+
+static bool read_group(struct reading *r, const char *line)
+{
+	long long seconds, size, start;
+
+	if (!r->empty || sscanf(line, "group %lld %lld %lld", &seconds, &size, &start) != 3)
+		return false;
+	r->group->seconds = (int64_t)seconds;
+	r->group->size = (off_t)size;
+	r->group->start = (off_t)start;
+	r->states_next = true;
+	return true;
+}
+
+/* A record is whole: what is settled of it is known, what is not is kept. */
+static bool read_sum(struct reading *r, const char *line, off_t end)
+{
+	struct journal *j = &r->st->journal;
+	struct group *g = r->group;
+	struct digest sum;
+
+	if (!parse_digest(line + 4, &sum) || !same_digest(sum, hash_end(&r->sum)) ||
+	    (g->state_at > 0 && g->count != strlen(r->states)))
+		return false;
+	r->good = end;
+	if (!r->open) {
+		group_learn(&r->st->ids, g);
+	} else {
+		*j->open_end = g;
+		j->open_end = &g->next;
+		r->group = NULL;
+	}
+	reading_reset(r);
+	return true;
+}
+
+static bool read_line(void *context, char *line, size_t len, off_t at)
+{
+	struct reading *r = context;
+	bool good;
+
+	if (r->states_next)
+		return read_states(r, line, len, at);
+	if (strncmp(line, "sum ", 4) == 0)
+		return read_sum(r, line, at + (off_t)len + 1);
+	hash_add(&r->sum, slice(line, len));
+	hash_octet(&r->sum, '\n');
+	if (strncmp(line, "group ", 6) == 0)
+		good = read_group(r, line);
+	else if (strncmp(line, "part ", 5) == 0 || strncmp(line, "file ", 5) == 0)
+		good = read_message(r, line);
+	else if (strncmp(line, "for ", 4) == 0)
+		good = read_grant(r, line + 4, r->group->seconds);
+	else
+		good = read_known(r, line);
+	r->empty = false;
+	return good;
+}
+
+/* What others have written since; what is torn is cut off. */
+static int journal_read(struct store *st, off_t size)
+{
+	struct journal *j = &st->journal;
+	struct reading r = { .st = st, .group = NULL, .good = j->end };
+	int done;
+
+	reading_reset(&r);
+	done = journal_lines(j->fd, j->end, size, read_line, &r);
+	group_free(r.group);
+	if (done != 0)
+		return -1;
+	j->end = r.good;
+	if (j->end == size)
+		return 0;
+	diag("%s: cut off %lld octets that are no whole record", j->path, (long long)(size - j->end));
+	return ftruncate(j->fd, j->end);
+}
+
+static void journal_close(struct journal *j)
+{
+	for (struct group *g = j->open, *next; g != NULL; g = next) {
+		next = g->next;
+		group_free(g);
+	}
+	j->open = NULL;
+	j->open_end = &j->open;
+	if (j->fd >= 0)
+		close(j->fd);
+	j->fd = -1;
+	j->end = 0;
+}
+
+/* A journal is ours alone: whoever else could write there would tell us what is
+ * stored, and through a link we should write where he likes. */
+static int journal_check(struct journal *j, const struct stat *s)
+{
+	char head[sizeof journal_magic];
+	ssize_t n = get_at(j->fd, head, sizeof journal_magic - 1, 0);
+
+	if (!S_ISREG(s->st_mode) || s->st_uid != geteuid() || (s->st_mode & 077) != 0 || s->st_nlink > 1) {
+		errno = EPERM;
+		return -1;
+	}
+	if (n < 0)
+		return -1;
+	errno = EINVAL;
+	return memcmp(head, journal_magic, (size_t)n) == 0 ? 0 : -1;
+}
+
+/* Begins it, where it is empty or its first line is torn. */
+static int journal_head(struct journal *j, off_t size)
+{
+	off_t at = 0, head = (off_t)sizeof journal_magic - 1;
+
+	j->end = head;
+	if (size >= head)
+		return 0;
+	if (put_at(j->fd, journal_magic, (size_t)head, &at) != 0 || fsync(j->fd) != 0 || sync_parent(j->path) != 0)
+		return -1;
+	j->compact_at = JOURNAL_SLACK;
+	return 0;
+}
+
+/* Opens it and takes the lock; with `make`, where there is none it is made.  It may have
+ * been written anew meanwhile, under its name. */
+static int journal_take(struct journal *j, bool make, struct stat *here)
+{
+	for (;;) {
+		if (j->fd < 0)
+			j->fd = open(j->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | (make ? O_CREAT : 0), 0600);
+		if (j->fd < 0 || await_lock(j->fd) != 0)
+			return -1;
+		if (still_named(j->fd, j->path, here))
+			return 0;
+		journal_close(j);
+	}
+}
+
+static int journal_trouble(struct journal *j)
+{
+	int saved = errno;
+
+	if (saved == EPERM)
+		diag("%s: not used: it must be yours, one file, and nobody else's to read", j->path);
+	else if (saved == EINVAL)
+		diag("%s: this is no journal of bsmtp: move it away", j->path);
+	else if (saved != j->told)
+		diag("%s: %s", j->path, strerror(saved));
+	j->told = saved;
+	journal_close(j);
+	errno = saved;
+	return -1;
+}
+
+/* Locks the journal and reads what is new in it.  The caller settles what is open, and
+ * unlocks. */
+static int journal_lock(struct store *st, bool make)
+{
+	struct journal *j = &st->journal;
+	struct stat here;
+	bool fresh;
+
+	if (journal_take(j, make, &here) != 0)
+		return !make && errno == ENOENT ? -1 : journal_trouble(j);
+	fresh = j->end == 0 || here.st_size < j->end;
+	if (fresh && (journal_check(j, &here) != 0 || journal_head(j, here.st_size) != 0))
+		return journal_trouble(j);
+	if (here.st_size > j->end && journal_read(st, here.st_size) != 0)
+		return journal_trouble(j);
+	if (fresh && j->compact_at < 2 * j->end)
+		j->compact_at = 2 * j->end + JOURNAL_SLACK;
+	j->told = 0;
+	return 0;
+}
+
+static void journal_unlock(struct journal *j)
+{
+	int saved = errno;
+
+	if (j->fd >= 0)
+		(void)lock_file(j->fd, F_UNLCK);
+	errno = saved;
+}
+
+/* Puts a record at the end, with its sum, and on the disk.  The states stand behind the
+ * first line where there are any. */
+static int journal_put(struct journal *j, const char *text, size_t len, size_t states)
+{
+	const char *rest = states > 0 ? (const char *)memchr(text, '\n', len) + 1 : text;
+	char line[64];
+	struct digest sum;
+	struct hash h;
+	off_t at = j->end;
+	int n;
+
+	hash_begin(&h, (struct digest){ 0, 0 });
+	hash_add(&h, slice(text, (size_t)(rest - text)));
+	rest += states > 0 ? states + 1 : 0;
+	hash_add(&h, slice(rest, (size_t)(text + len - rest)));
+	sum = hash_end(&h);
+	n = snprintf(line, sizeof line, "sum %016llx%016llx\n", (unsigned long long)sum.a, (unsigned long long)sum.b);
+	if (put_at(j->fd, text, len, &at) == 0 && put_at(j->fd, line, (size_t)n, &at) == 0 && fdatasync(j->fd) == 0) {
+		j->group_end = at;
+		return 0;
+	}
+	(void)!ftruncate(j->fd, j->end);
+	return -1;
+}
+
+/* ---- the journal, written anew ---- */
+
+/* What is still known, copied from one journal to another. */
+struct compacting {
+	struct journal fresh;
+	FILE *f;                /* the record under way */
+	char *text;
+	size_t len;
+	int64_t now, seconds;   /* of the group under way, and its states */
+	char states[GROUP_MAX + 1];
+	size_t part;            /* counted from 1 */
+	bool states_next, failed;
+};
+
+static void compact_open(struct compacting *c)
+{
+	c->text = NULL;
+	c->len = 0;
+	c->f = open_memstream(&c->text, &c->len);
+	c->failed = c->failed || c->f == NULL;
+}
+
+/* Puts the record that was gathered. */
+static void compact_put(struct compacting *c)
+{
+	if (c->f == NULL)
+		return;
+	c->failed = fclose(c->f) != 0 || c->failed;
+	if (!c->failed && c->len > 0) {
+		c->failed = journal_put(&c->fresh, c->text, c->len, 0) != 0;
+		c->fresh.end = c->fresh.group_end;
+	}
+	free(c->text);
+	c->f = NULL;
+}
+
+/* The pair that a line has, "ID RECIPIENT", and since when; NULL where it has none, or its
+ * message is not stored. */
+static const char *compact_pair(struct compacting *c, const char *line, int64_t *since)
+{
+	long long seconds;
+	int used = 0;
+
+	if (strncmp(line, "for ", 4) == 0) {
+		*since = c->seconds;
+		return c->part > 0 && c->states[c->part - 1] == '+' ? line + 4 : NULL;
+	}
+	if (sscanf(line, "known %lld %n", &seconds, &used) != 1 || used == 0)
+		return NULL;
+	*since = (int64_t)seconds;
+	return line + used;
+}
+
+static bool compact_line(void *context, char *line, size_t len, off_t at)
+{
+	struct compacting *c = context;
+	struct pair p = { { 0, 0 }, 0 };
+	long long seconds;
+	const char *pair;
+
+	(void)at;
+	if (c->states_next) {
+		c->states_next = false;
+		snprintf(c->states, sizeof c->states, "%.*s", (int)min_size(len, GROUP_MAX), line);
+		return true;
+	}
+	if (sscanf(line, "group %lld", &seconds) == 1) {
+		c->seconds = (int64_t)seconds;
+		c->part = 0;
+		c->states_next = true;
+	}
+	c->part += strncmp(line, "part ", 5) == 0 || strncmp(line, "file ", 5) == 0;
+	pair = compact_pair(c, line, &p.seconds);
+	if (pair == NULL || is_forgotten(&p, c->now))
+		return true;
+	fprintf(c->f, "known %lld %s\n", (long long)p.seconds, pair);
+	if (ftello(c->f) > JOURNAL_RECORD) {
+		compact_put(c);
+		compact_open(c);
+	}
+	return !c->failed;
+}
+
+/* Writes the journal anew, when most of it is about what is settled or forgotten.  Nothing
+ * of it is open.  That it fails harms nothing: it is tried again when it is twice as
+ * large. */
+static void journal_compact(struct journal *j)
+{
+	struct compacting *c;
+
+	if (j->end < j->compact_at || j->open != NULL)
+		return;
+	j->compact_at = 2 * j->end;
+	c = grow(NULL, sizeof *c);
+	memset(c, 0, sizeof *c);
+	c->now = (int64_t)time(NULL);
+	c->fresh.open_end = &c->fresh.open;
+	snprintf(c->fresh.path, sizeof c->fresh.path, "%.*s.new", (int)sizeof c->fresh.path - 5, j->path);
+	(void)unlink(c->fresh.path);    /* of one that was killed here */
+	c->fresh.fd = open(c->fresh.path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	c->failed = c->fresh.fd < 0 || lock_file(c->fresh.fd, F_WRLCK) != 0 || journal_head(&c->fresh, 0) != 0;
+	if (!c->failed)
+		compact_open(c);
+	if (!c->failed)
+		c->failed = journal_lines(j->fd, (off_t)sizeof journal_magic - 1, j->end, compact_line, c) != 0 ||
+		    c->failed;
+	compact_put(c);
+	if (!c->failed && rename(c->fresh.path, j->path) == 0 && sync_parent(j->path) == 0) {
+		close(j->fd);
+		j->fd = c->fresh.fd;
+		j->end = c->fresh.end;
+		j->compact_at = 2 * j->end + JOURNAL_SLACK;
+	} else {
+		(void)unlink(c->fresh.path);
+		journal_close(&c->fresh);
+	}
+	free(c);
+}
+
+/* ---- the journal: a group ---- */
+
+static void print_grants(FILE *f, const struct delivery *d)
+{
+	for (size_t i = 0; d->transid != NULL && i < d->to.count; i++)
+		fprintf(f, "for %s %s\n", d->transid, d->to.items[i]);
+}
+
+/* Begins a group: prints those that are noted, and syncs.  The caller has marked them. */
+static int journal_begin(struct store *st, struct delivery *group, off_t size, off_t start,
+    void (*print)(FILE *f, const struct delivery *d))
+{
+	struct journal *j = &st->journal;
+	char *text = NULL;
+	size_t len = 0, count = 0;
+	FILE *f = open_memstream(&text, &len);
+	int done = -1;
+
+	if (f == NULL)
+		return -1;
+	fprintf(f, "group %lld %lld %lld\n", (long long)time(NULL), (long long)size, (long long)start);
+	j->group_at = j->end;
+	j->state_at = fflush(f) == 0 ? j->end + (off_t)len : 0;
+	for (const struct delivery *d = group; d != NULL; d = next_of(d)) {
+		count += d->noted;
+		if (d->noted)
+			fputc('?', f);
+	}
+	fputc('\n', f);
+	for (const struct delivery *d = group; d != NULL; d = next_of(d)) {
+		if (!d->noted)
+			continue;
+		print(f, d);
+		print_grants(f, d);
+	}
+	if (fclose(f) == 0)
+		done = journal_put(j, text, len, count);
+	free(text);
+	return done;
+}
+
+/* Writes the states of the group that was begun; where one is not stored they are on the
+ * disk before anything is undone. */
+static int journal_settle(struct journal *j, const struct delivery *group)
+{
+	char states[GROUP_MAX];
+	size_t n = 0;
+	off_t at = j->state_at;
+	bool all = true;
+
+	for (const struct delivery *d = group; d != NULL && n < sizeof states; d = next_of(d)) {
+		if (!d->noted)
+			continue;
+		states[n++] = d->error == 0 ? '+' : '-';
+		all = all && d->error == 0;
+	}
+	if (n == 0)
+		return 0;
+	if (put_at(j->fd, states, n, &at) != 0 || (!all && fdatasync(j->fd) != 0))
+		return -1;
+	j->end = j->group_end;
+	return 0;
+}
+
+/* Ends a group.  What is stored is known from now on.  False where it is not `certain' what
+ * is there, or the states cannot be written: nothing of the group may be undone then, for
+ * it is read again, and settled by what is there. */
+static bool journal_end(struct store *st, const struct delivery *group, bool certain)
+{
+	int64_t now = (int64_t)time(NULL);
+	bool settled = certain && journal_settle(&st->journal, group) == 0;
+
+	if (!certain)
+		journal_close(&st->journal);
+	else if (!settled)
+		(void)journal_trouble(&st->journal);
+	for (const struct delivery *d = group; d != NULL; d = next_of(d))
+		if (d->noted && d->transid != NULL && d->error == 0)
+			ids_add_all(&st->ids, d, now);
+	if (settled)
+		journal_compact(&st->journal);
+	return settled;
+}
+
+/* Another listener may have stored it since its recipients were judged. */
+static void journal_judge(struct store *st, struct delivery *d)
+{
+	size_t known = 0;
+
+	if (d->transid == NULL || !is_due(d))
+		return;
+	for (size_t i = 0; i < d->to.count; i++)
+		known += ids_has(&st->ids, slice_of(d->transid), slice_of(d->to.items[i]));
+	if (known == d->to.count)
+		d->answer = BSMTP_ANSWER_DUPLICATE;
+	else if (known > 0)
+		d->error = EAGAIN;
+}
+
+/* Writes the states of a group that was found open, as its settler has found them. */
+static int journal_resolve(struct store *st, struct group *g)
+{
+	struct journal *j = &st->journal;
+	off_t at = g->state_at;
+
+	for (size_t i = 0; i < g->count; i++)
+		if (put_at(j->fd, &g->parts[i].state, 1, &at) != 0)
+			return -1;
+	if (fdatasync(j->fd) != 0)
+		return -1;
+	group_learn(&st->ids, g);
+	j->open = g->next;
+	if (j->open == NULL)
+		j->open_end = &j->open;
+	group_free(g);
+	return 0;
 }
 
 /* ---- text: to a file of its own, or to memory until that is too much ---- */
@@ -6397,7 +7489,8 @@ static int put_text(struct store *st, struct delivery *d, struct bsmtp_slice tex
 	if (text.len == 0)
 		return 0;
 	d->last = text.at[text.len - 1];
-	return st->row->spools ? put_in_spool(st, d, text) : write_all(d->fd, text.at, text.len);
+	return st->row->layout == LAYOUT_FILES ? write_all(d->fd, text.at, text.len) :
+	    put_in_spool(st, d, text);
 }
 
 /* CRLF to LF, through one buffer; the text holds no other CR (or was refused). */
@@ -6437,6 +7530,32 @@ static int put_quoted(struct store *st, struct delivery *d, struct bsmtp_slice t
 
 static int text_as_lines(struct store *st, struct delivery *d, struct bsmtp_slice text)
 {
+	return put_lines(st, d, text, put_text);
+}
+
+/* Counts the Received fields in the header, wherever the text is cut. */
+static void count_hops(struct delivery *d, struct bsmtp_slice text)
+{
+	static const char field[] = "received:";
+	enum { WHOLE = sizeof field - 1, OTHER };
+
+	while (text.len > 0 && !d->past_header) {
+		const char *lf = d->matched >= WHOLE ? memchr(text.at, '\n', text.len) : text.at;
+		char c = lf != NULL ? *lf : '\0';
+		size_t used = lf != NULL ? (size_t)(lf - text.at) + 1 : text.len;
+		d->past_header = d->matched == 0 && (c == '\r' || c == '\n');
+		if (c == '\n')
+			d->matched = 0;
+		else if (d->matched < WHOLE)
+			d->matched = lower(c) == field[d->matched] ? d->matched + 1 : OTHER;
+		d->hops += d->matched == WHOLE && lf == text.at;
+		text = slice(text.at + used, text.len - used);
+	}
+}
+
+static int text_for_command(struct store *st, struct delivery *d, struct bsmtp_slice text)
+{
+	count_hops(d, text);
 	return put_lines(st, d, text, put_text);
 }
 
@@ -6569,36 +7688,59 @@ static int end_in_batch_file(struct store *st, struct delivery *d)
 
 /* ---- files: Maildir and eml ---- */
 
-static int open_maildir_store(struct store *st)
+enum { SIDE_NAME = 256 };
+
+/* Keeps a folder under the descriptor that it had before, if it had one: the committer
+ * may be using that. */
+static int keep_dir(int *kept, int fd)
 {
-	static const char *const subs[] = { "cur", "new", "tmp" };
-	int fds[3];
+	if (fd < 0 || *kept < 0) {
+		*kept = fd;
+		return fd < 0 ? -1 : 0;
+	}
+	if (dup2(fd, *kept) < 0 || fcntl(*kept, F_SETFD, FD_CLOEXEC) != 0) {
+		close(fd);
+		return -1;
+	}
+	close(fd);
+	return 0;
+}
+
+/* Opens one of a Maildir's folders, and makes it where there is none. */
+static int open_sub(const struct store *st, const char *sub)
+{
 	char path[PATH_MAX];
 
-	st->dir = open_dir(st->path, true);
-	if (st->dir < 0)
+	snprintf(path, sizeof path, "%s/%s", st->path, sub);
+	return open_dir(path, true);
+}
+
+static int open_maildir_store(struct store *st)
+{
+	int cur;
+
+	if (keep_dir(&st->dir, open_dir(st->path, true)) != 0 || (cur = open_sub(st, "cur")) < 0)
 		return -1;
-	for (int i = 0; i < 3; i++) {
-		snprintf(path, sizeof path, "%s/%s", st->path, subs[i]);
-		fds[i] = open_dir(path, true);
-		if (fds[i] < 0)
-			return -1;
-	}
-	close(fds[0]);
-	st->new_dir = fds[1];
-	st->tmp_dir = fds[2];
+	close(cur);
+	if (keep_dir(&st->new_dir, open_sub(st, "new")) != 0 || keep_dir(&st->tmp_dir, open_sub(st, "tmp")) != 0)
+		return -1;
 	return fsync(st->dir) != 0 ? -1 : sync_parent(st->path);
 }
 
-/* The highest number in use, so that a second run goes on behind the first. */
+static int open_eml_folder(struct store *st)
+{
+	return keep_dir(&st->dir, open_dir(st->path, true)) != 0 ? -1 : sync_parent(st->path);
+}
+
+/* The highest number in use, so that a second run goes on after the first. */
 static int open_eml_store(struct store *st)
 {
 	struct dirent *entry;
 	DIR *dir;
 
-	st->dir = st->new_dir = st->tmp_dir = open_dir(st->path, true);
-	if (st->dir < 0 || (dir = opendir(st->path)) == NULL)
+	if (open_eml_folder(st) != 0 || (dir = opendir(st->path)) == NULL)
 		return -1;
+	st->new_dir = st->tmp_dir = st->dir;
 	while ((entry = readdir(dir)) != NULL) {
 		uint64_t n;
 		ptrdiff_t used = bsmtp_number_parse(&n, entry->d_name, strlen(entry->d_name));
@@ -6606,13 +7748,25 @@ static int open_eml_store(struct store *st)
 			st->number = n;
 	}
 	closedir(dir);
-	return sync_parent(st->path);
+	return 0;
+}
+
+/* A new file with this temporary name.  The folder may have been removed and made anew:
+ * then it is opened again. */
+static int open_tmp(struct store *st, const char *tmp)
+{
+	enum { HOW = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC };
+	int fd = openat(st->tmp_dir, tmp, HOW, 0600);
+
+	if (fd < 0 && errno == ENOENT && st->row->folders(st) == 0)
+		fd = openat(st->tmp_dir, tmp, HOW, 0600);
+	return fd;
 }
 
 static int begin_file(struct store *st, struct delivery *d)
 {
-	snprintf(d->tmp, sizeof d->tmp, "%s%s", st->tmp_dir == st->dir ? ".tmp-" : "", d->name);
-	d->fd = openat(st->tmp_dir, d->tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+	snprintf(d->tmp, sizeof d->tmp, "%s%s", st->row->envelopes ? ".tmp-" : "", d->name);
+	d->fd = open_tmp(st, d->tmp);
 	return d->fd < 0 ? -1 : 0;
 }
 
@@ -6621,9 +7775,41 @@ static int begin_in_maildir(struct store *st, struct delivery *d)
 	return begin_file(st, d) != 0 ? -1 : put_head(st, d, print_maildir_head);
 }
 
-static int publish_in_maildir(struct store *st, struct delivery *d)
+/* Whether it has its name after all: a file server may have done it and lost the reply
+ * (RFC 1813 4.5).  The name is there, and is that of this file. */
+static bool is_published(const struct store *st, const char *tmp, const char *name)
 {
-	return renameat(st->tmp_dir, d->tmp, st->new_dir, d->name);
+	int saved = errno;
+	struct stat there, here;
+	bool named = fstatat(st->new_dir, name, &there, 0) == 0;
+	bool left = fstatat(st->tmp_dir, tmp, &here, 0) == 0;
+
+	errno = saved;
+	return named && (!left || (here.st_dev == there.st_dev && here.st_ino == there.st_ino));
+}
+
+/* No other file ever has this name. */
+static int publish_in_maildir(struct store *st, const char *tmp, const char *name)
+{
+	return renameat(st->tmp_dir, tmp, st->new_dir, name) == 0 || is_published(st, tmp, name) ? 0 : -1;
+}
+
+/* The temporary name of the envelope of a message. */
+static const char *side_name(char *side, size_t size, const char *tmp)
+{
+	snprintf(side, size, "%s.json", tmp);
+	return side;
+}
+
+static int publish_eml(struct store *st, const char *tmp, const char *name)
+{
+	char side[SIDE_NAME];
+
+	if (linkat(st->dir, tmp, st->dir, name, 0) != 0 && !is_published(st, tmp, name))
+		return -1;
+	(void)unlinkat(st->dir, tmp, 0);        /* else it has two names */
+	(void)unlinkat(st->dir, side_name(side, sizeof side, tmp), 0);
+	return 0;
 }
 
 static void json_string(FILE *f, struct bsmtp_slice s);
@@ -6648,41 +7834,114 @@ static void print_envelope(FILE *f, const struct store *st, const struct deliver
 	    (unsigned long long)d->octets);
 }
 
-/* The envelope beside the message, there before it and synced with it.  Several
- * listeners may share the folder: each number is had by who makes its file. */
-static int prepare_eml(struct store *st, struct delivery *d)
+/* The next number: several listeners may share the folder, and each has the numbers
+ * whose envelope it has named. */
+static int take_number(struct store *st, struct delivery *d, const char *side)
 {
-	size_t len;
-	char *text;
 	int done;
 
 	do {
 		snprintf(d->name, sizeof d->name, "%06llu.json", (unsigned long long)++st->number);
-		d->side = openat(st->dir, d->name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-	} while (d->side < 0 && errno == EEXIST);
+		done = linkat(st->dir, side, st->dir, d->name, 0);
+	} while (done != 0 && errno == EEXIST && !is_published(st, side, d->name));
+	d->numbered = done == 0 || errno == EEXIST;
+	snprintf(d->name, sizeof d->name, "%06llu.eml", (unsigned long long)st->number);
+	return d->numbered ? 0 : -1;
+}
+
+/* The envelope beside the message, there before it and synced with it. */
+static int prepare_eml(struct store *st, struct delivery *d)
+{
+	char side[SIDE_NAME], *text;
+	size_t len;
+	int done;
+
+	d->side = open_tmp(st, side_name(side, sizeof side, d->tmp));
 	if (d->side < 0)
 		return -1;
-	snprintf(d->name, sizeof d->name, "%06llu.eml", (unsigned long long)st->number);
 	text = printed(print_envelope, st, d, &len);
 	done = text == NULL ? -1 : write_all(d->side, text, len);
 	free(text);
-	return done;
+	return done != 0 ? -1 : take_number(st, d, side);
 }
 
-static void forget_envelope(struct store *st, const struct delivery *d)
+/* Removes a message that is not stored; with an envelope, that has this name. */
+static void discard_file(const struct store *st, const char *tmp, const char *name)
 {
-	char name[sizeof d->name + 4];
+	char other[SIDE_NAME];
 
-	snprintf(name, sizeof name, "%.*sjson", (int)(strlen(d->name) - 3), d->name);
-	(void)unlinkat(st->dir, name, 0);
+	(void)unlinkat(st->tmp_dir, tmp, 0);
+	if (!st->row->envelopes)
+		return;
+	(void)unlinkat(st->tmp_dir, side_name(other, sizeof other, tmp), 0);
+	snprintf(other, sizeof other, "%.*s.json", (int)strcspn(name, "."), name);
+	if (*name != '\0')
+		(void)unlinkat(st->dir, other, 0);
 }
 
-static int publish_eml(struct store *st, struct delivery *d)
+/* Names are T.MxPyQz.host: whether process y was of this host, and is gone; or a day and
+ * a half has passed, as for any Maildir. */
+static bool is_stale(const struct store *st, const char *name)
 {
-	if (linkat(st->dir, d->tmp, st->dir, d->name, 0) != 0)
-		return -1;
-	(void)unlinkat(st->dir, d->tmp, 0);     /* else it has two names */
-	return 0;
+	char host[sizeof st->host];
+	struct stat s;
+	long pid;
+
+	if (fstatat(st->tmp_dir, name, &s, AT_SYMLINK_NOFOLLOW) != 0 || !S_ISREG(s.st_mode))
+		return false;
+	if (s.st_mtime + 36 * 3600 < time(NULL))
+		return true;
+	name += strncmp(name, ".tmp-", 5) == 0 ? 5 : 0;
+	if (sscanf(name, "%*d.M%*dP%ldQ%*u.%63s", &pid, host) != 2 || pid <= 0 || pid == (long)getpid())
+		return false;
+	return strncmp(host, st->host, strlen(st->host)) == 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH;
+}
+
+/* An envelope that was given a number, and its message was not: found by its inode. */
+static void discard_number(const struct store *st, DIR *dir, const char *side)
+{
+	char message[NAME_MAX + 1];
+	struct dirent *entry;
+	struct stat s, number;
+
+	if (fstatat(st->dir, side, &s, AT_SYMLINK_NOFOLLOW) != 0 || s.st_nlink < 2)
+		return;
+	rewinddir(dir);
+	while ((entry = readdir(dir)) != NULL) {
+		size_t n = strcspn(entry->d_name, ".");
+		if (n == 0 || strcmp(entry->d_name + n, ".json") != 0 || fstatat(st->dir, entry->d_name, &number, 0) != 0 ||
+		    number.st_ino != s.st_ino)
+			continue;
+		snprintf(message, sizeof message, "%.*s.eml", (int)n, entry->d_name);
+		if (faccessat(st->dir, message, F_OK, 0) != 0)
+			(void)unlinkat(st->dir, entry->d_name, 0);
+		return;
+	}
+}
+
+/* Removes what listeners that are gone have left, the journal being settled: nobody was
+ * told that it is stored. */
+static void sweep_files(const struct store *st)
+{
+	int fd = openat(st->tmp_dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *dir = fd >= 0 ? fdopendir(fd) : NULL;
+	struct list stale = { NULL, 0, 0 };
+	struct dirent *entry;
+
+	if (dir == NULL && fd >= 0)
+		close(fd);
+	while (dir != NULL && (entry = readdir(dir)) != NULL)
+		if ((st->row->envelopes ? strncmp(entry->d_name, ".tmp-", 5) == 0 : entry->d_name[0] != '.') &&
+		    is_stale(st, entry->d_name))
+			list_add(&stale, slice_of(entry->d_name));
+	for (size_t i = 0; i < stale.count; i++) {
+		if (st->row->envelopes && strstr(stale.items[i], ".json") != NULL)
+			discard_number(st, dir, stale.items[i]);
+		(void)unlinkat(st->tmp_dir, stale.items[i], 0);
+	}
+	list_free(&stale);
+	if (dir != NULL)
+		closedir(dir);
 }
 
 /* The data of a whole group with one call, where the system has it.  A failure
@@ -6700,196 +7959,6 @@ static bool sync_at_once(struct store *st)
 #endif
 }
 
-/* ---- TRANSIDs, RFC 1845's parameter ---- */
-
-/* The log, lines that end in LF:
- *
- *	= SIZE			a group begins; the file that is appended to has SIZE
- *	+ TIME ID PLACE NAME	this id's message is about to be there
- *	- TIME ID		it is not there after all
- *
- * A group's lines are on the disk before any of its messages is: behind their data,
- * but before they have their names, or before the file is appended to.  So the next
- * start can tell for each of the last group which it is, or make it so: at no instant
- * does a kill lose a message, or have it twice. */
-
-static struct known **memory_place(struct memory *m, const char *id)
-{
-	size_t hash = 5381;
-	struct known **at;
-
-	for (const char *p = id; *p != '\0'; p++)
-		hash = hash * 33 + (unsigned char)*p;
-	at = &m->buckets[hash % m->room];
-	while (*at != NULL && strcmp((*at)->id, id) != 0)
-		at = &(*at)->next;
-	return at;
-}
-
-static void memory_remove(struct memory *m, const char *id)
-{
-	struct known **at, *k;
-
-	if (m->room == 0)
-		return;
-	at = memory_place(m, id);
-	k = *at;
-	if (k == NULL)
-		return;
-	*at = k->next;
-	m->count--;
-	free(k);
-}
-
-static bool expired(const struct known *k, int64_t now)
-{
-	return k->seconds != 0 && k->seconds + (int64_t)(options.remember_ms / 1000) < now;
-}
-
-/* More room, and what is too old is forgotten. */
-static void memory_grow(struct memory *m)
-{
-	struct memory wide = *m;
-	int64_t now = (int64_t)time(NULL);
-
-	wide.room = m->room > 0 ? m->room * 2 : 256;
-	wide.count = 0;
-	wide.buckets = grow(NULL, wide.room * sizeof *wide.buckets);
-	memset(wide.buckets, 0, wide.room * sizeof *wide.buckets);
-	for (size_t i = 0; i < m->room; i++)
-		for (struct known *k = m->buckets[i], *next; k != NULL; k = next) {
-			struct known **at = memory_place(&wide, k->id);
-			next = k->next;
-			if (expired(k, now)) {
-				free(k);
-				continue;
-			}
-			k->next = NULL;
-			*at = k;
-			wide.count++;
-		}
-	free(m->buckets);
-	*m = wide;
-}
-
-static void memory_set(struct memory *m, const char *id, int64_t seconds)
-{
-	struct known **at;
-
-	if (m->count >= m->room)
-		memory_grow(m);
-	at = memory_place(m, id);
-	if (*at == NULL) {
-		*at = grow(NULL, offsetof(struct known, id) + strlen(id) + 1);
-		(*at)->next = NULL;
-		strcpy((*at)->id, id);
-		m->count++;
-	}
-	(*at)->seconds = seconds;
-}
-
-/* Whether a message with this id is to be stored; from now on it is under way. */
-static enum bsmtp_answer memory_begin(struct memory *m, const char *id)
-{
-	struct known *k = m->room > 0 ? *memory_place(m, id) : NULL;
-
-	if (k != NULL && k->seconds == 0)
-		return BSMTP_ANSWER_UNDER_WAY;
-	if (k != NULL && !expired(k, (int64_t)time(NULL)))
-		return BSMTP_ANSWER_DUPLICATE;
-	memory_set(m, id, 0);
-	return BSMTP_ANSWER_STORED;
-}
-
-static void memory_end(struct memory *m, const char *id, bool stored)
-{
-	if (stored)
-		memory_set(m, id, (int64_t)time(NULL));
-	else
-		memory_remove(m, id);
-}
-
-/* Opens the log and locks it for as long as we live; false with errno. */
-static bool log_open(struct memory *m, bool make)
-{
-	struct flock lock;
-
-	m->log = open(m->path, O_RDWR | O_CLOEXEC | (make ? O_CREAT : 0), 0600);
-	memset(&lock, 0, sizeof lock);
-	lock.l_type = F_WRLCK;
-	lock.l_whence = SEEK_SET;
-	if (m->log < 0)
-		return false;
-	if (fcntl(m->log, F_SETLK, &lock) == 0 && (!make || sync_parent(m->path) == 0) &&
-	    lseek(m->log, 0, SEEK_END) >= 0)
-		return true;
-	close(m->log);
-	m->log = -1;
-	return false;
-}
-
-/* Appends lines, whole or not at all. */
-static int log_put(struct memory *m, const char *text, size_t len)
-{
-	off_t before;
-
-	if (m->log < 0 && !log_open(m, true)) {
-		if (errno == EACCES || errno == EAGAIN)
-			diag("%s: another listener remembers there", m->path);
-		return -1;
-	}
-	before = lseek(m->log, 0, SEEK_CUR);
-	if (write_all(m->log, text, len) == 0 && fdatasync(m->log) == 0)
-		return 0;
-	(void)!ftruncate(m->log, before);
-	(void)lseek(m->log, before, SEEK_SET);
-	return -1;
-}
-
-/* Notes a group that is about to be stored.  Where that fails, nothing of it may be
- * stored that has an id. */
-static void remember_group(struct store *st, struct delivery *group, off_t size)
-{
-	off_t end = size;
-	size_t len, count = 0;
-	char *text = NULL;
-	FILE *f = NULL;
-	int done;
-
-	for (const struct delivery *d = group; d != NULL; d = next_of(d))
-		count += d->transid != NULL && d->error == 0;
-	if (count == 0 || st->memory.path[0] == '\0')
-		return;
-	f = open_memstream(&text, &len);
-	if (f != NULL)
-		fprintf(f, "= %lld\n", (long long)size);
-	for (const struct delivery *d = group; d != NULL && f != NULL; d = next_of(d)) {
-		end += st->row->publish == NULL ? (off_t)spool_size(d) : 0;
-		if (d->transid != NULL && d->error == 0 && st->row->publish == NULL)
-			fprintf(f, "+ %lld %s @ %lld\n", (long long)time(NULL), d->transid, (long long)end);
-		else if (d->transid != NULL && d->error == 0)
-			fprintf(f, "+ %lld %s %s %s\n", (long long)time(NULL), d->transid, d->tmp, d->name);
-	}
-	done = f == NULL || fclose(f) != 0 || (st->tmp_dir >= 0 && fsync(st->tmp_dir) != 0) ? -1 :
-	    log_put(&st->memory, text, len);
-	for (struct delivery *d = group; d != NULL && done != 0; d = next_of(d))
-		if (d->transid != NULL && d->error == 0)
-			d->error = errno;
-	free(text);
-}
-
-/* It was noted, and is not stored.  Before anything is undone the disk must know. */
-static void unremember(struct store *st, const struct delivery *d)
-{
-	char line[BSMTP_TRANSID_MAX + 40];
-	int n;
-
-	if (d->transid == NULL || st->memory.path[0] == '\0' || st->memory.log < 0)
-		return;
-	n = snprintf(line, sizeof line, "- %lld %s\n", (long long)time(NULL), d->transid);
-	(void)log_put(&st->memory, line, (size_t)n);
-}
-
 static void close_files(struct delivery *d)
 {
 	if (d->fd >= 0 && close(d->fd) != 0 && d->error == 0)
@@ -6899,191 +7968,504 @@ static void close_files(struct delivery *d)
 	d->fd = d->side = -1;
 }
 
-static void commit_file(struct store *st, struct delivery *d)
+/* Settles a group that another listener has left open: what has its temporary name
+ * still is given its own; what has not was named, and may have been read since. */
+static int settle_files(struct store *st, struct group *g)
 {
-	bool side = d->side >= 0, noted = d->error == 0;
+	for (size_t i = 0; i < g->count; i++) {
+		struct part *p = &g->parts[i];
+		bool left = faccessat(st->tmp_dir, p->tmp, F_OK, 0) == 0;
+		if (p->state == '?')
+			p->state = !left || st->row->publish(st, p->tmp, p->name) == 0 ? '+' : '-';
+	}
+	if (fsync(st->new_dir) != 0)
+		return -1;
+	for (size_t i = 0; i < g->count; i++)
+		if (g->parts[i].state == '-')
+			discard_file(st, g->parts[i].tmp, g->parts[i].name);
+	return journal_resolve(st, g);
+}
 
-	close_files(d);
-	if (d->error == 0 && st->row->publish(st, d) != 0)
-		d->error = errno;
-	if (d->error == 0)
+static int settle_open_files(struct store *st)
+{
+	while (st->journal.open != NULL)
+		if (settle_files(st, st->journal.open) != 0)
+			return journal_trouble(&st->journal);
+	return 0;
+}
+
+static void print_file(FILE *f, const struct delivery *d)
+{
+	fprintf(f, "file %s %s\n", d->tmp, d->name);
+}
+
+/* Begins a group in the journal, of the messages that have an id.  Where that cannot be
+ * done none of them is stored. */
+static void note_files(struct store *st, struct delivery *group)
+{
+	size_t count = 0;
+	int done = fsync(st->tmp_dir);          /* the names that are noted are there */
+
+	if (done == 0)
+		done = journal_lock(st, true) != 0 || settle_open_files(st) != 0 ? -1 : 0;
+	for (struct delivery *d = group; d != NULL && done == 0; d = next_of(d)) {
+		journal_judge(st, d);
+		d->noted = d->transid != NULL && is_due(d);
+		count += d->noted;
+	}
+	if (done == 0 && count > 0)
+		done = journal_begin(st, group, 0, 0, print_file);
+	for (struct delivery *d = group; d != NULL && done != 0; d = next_of(d)) {
+		if (d->transid != NULL && is_due(d))
+			d->error = errno;
+		d->noted = false;
+	}
+}
+
+/* Gives each its name; false where that is not sure to last. */
+static bool name_files(struct store *st, struct delivery *group)
+{
+	int error;
+
+	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
+		close_files(d);
+		if (is_due(d) && st->row->publish(st, d->tmp, d->name) != 0)
+			d->error = errno;
+	}
+	if (fsync(st->new_dir) == 0)
+		return true;
+	error = errno;
+	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
+		if (!is_due(d))
+			continue;
+		d->error = error;               /* it will be sent again */
+		if (!d->noted)
+			(void)unlinkat(st->new_dir, d->name, 0);
+	}
+	return false;
+}
+
+/* Syncs the text of each. */
+static void sync_files(struct store *st, struct delivery *group, size_t count)
+{
+	enum { FEW = 3 };       /* up to so many, single syncs are the faster way */
+
+	if (count > FEW && sync_at_once(st))
 		return;
-	if (noted)
-		unremember(st, d);
-	(void)unlinkat(st->tmp_dir, d->tmp, 0);
-	if (side)
-		forget_envelope(st, d);
+	for (struct delivery *d = group; d != NULL; d = next_of(d))
+		if (d->error == 0 && (fsync(d->fd) != 0 || (d->side >= 0 && fsync(d->side) != 0)))
+			d->error = errno;
 }
 
 static void commit_files(struct store *st, struct delivery *group)
 {
-	enum { FEW = 3 };       /* up to so many, single syncs are the faster way */
-	size_t count = 0;
-	bool synced;
+	size_t count = 0, ids = 0;
+	bool settled;
 
-	for (struct delivery *d = group; d != NULL; d = next_of(d), count++)
+	for (struct delivery *d = group; d != NULL; d = next_of(d), count++) {
+		ids += d->transid != NULL;
 		if (st->row->prepare != NULL && st->row->prepare(st, d) != 0)
 			d->error = errno;
-	synced = count > FEW && sync_at_once(st);
-	for (struct delivery *d = group; d != NULL && !synced; d = next_of(d))
-		if (d->error == 0 && (fsync(d->fd) != 0 || (d->side >= 0 && fsync(d->side) != 0)))
-			d->error = errno;
-	remember_group(st, group, 0);
-	for (struct delivery *d = group; d != NULL; d = next_of(d))
-		commit_file(st, d);
-	if (fsync(st->new_dir) == 0)
-		return;
-	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
-		if (d->error != 0)
-			continue;
-		d->error = errno;               /* it will be sent again */
-		unremember(st, d);
-		(void)unlinkat(st->new_dir, d->name, 0);
 	}
+	sync_files(st, group, count);
+	if (ids > 0)
+		note_files(st, group);
+	settled = name_files(st, group);
+	if (ids > 0) {
+		settled = journal_end(st, group, settled);
+		journal_unlock(&st->journal);
+	}
+	for (struct delivery *d = group; d != NULL; d = next_of(d))
+		if (!is_due(d) && (settled || !d->noted))
+			discard_file(st, d->tmp, d->numbered ? d->name : "");
 }
 
 /* ---- one file that is appended to: mbox and batch ---- */
 
-/* Beside FILE stands FILE.tail: where the group that is being appended begins and
- * ends, and its first octets.  It is on the disk before the group is.  Whoever has
- * the lock next and finds less of that group than was meant cuts it off; nobody
- * else's octets are ever cut. */
-enum { TAIL_SIZE = 128, TAIL_HEAD = 64, LOCK_MS = 10000 };
-
 struct append {
-	int fd, tail;
+	int fd;
 	off_t size;
+	bool dotted;            /* FILE.lock is ours */
 };
 
-/* Whole, or not at all: no lock is waited for without end. */
-static int append_lock(int fd)
+static void lock_name(char *path, size_t size, const struct store *st)
 {
-	struct flock lock;
-	struct timespec pause = { 0, 10000000 };
-	int tries = LOCK_MS / 10;
+	snprintf(path, size, "%s.lock", st->path);
+}
 
-	memset(&lock, 0, sizeof lock);
-	lock.l_type = F_WRLCK;
-	lock.l_whence = SEEK_SET;
-	while (fcntl(fd, F_SETLK, &lock) != 0) {
-		if ((errno != EACCES && errno != EAGAIN && errno != EINTR) || tries-- == 0)
-			return -1;
-		nanosleep(&pause, NULL);
+enum { STALE_LOCK_SECONDS = 300 };
+
+/* A lock file whose process is gone, or that names none and is old, is in nobody's way. */
+static bool dotlock_is_stale(const char *path)
+{
+	char text[32] = "";
+	struct stat s;
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+	long pid = 0;
+
+	if (fd < 0)
+		return false;
+	if (fstat(fd, &s) != 0 || get_at(fd, text, sizeof text - 1, 0) < 0) {
+		close(fd);
+		return false;
 	}
-	return 0;
+	close(fd);
+	if (sscanf(text, "%ld", &pid) == 1 && pid > 0)
+		return kill((pid_t)pid, 0) != 0 && errno == ESRCH;
+	return s.st_mtime + STALE_LOCK_SECONDS < time(NULL);
 }
 
-static int put_at(int fd, const char *out, size_t len, off_t *at)
+/* Makes FILE.lock with our number in it, as liblockfile does: 0; 1 where another has it. */
+static int take_dotlock(const struct store *st)
 {
-	while (len > 0) {
-		ssize_t n = pwrite(fd, out, len, *at);
-		if (n < 0 && errno != EINTR)
-			return -1;
-		if (n > 0) {
-			out += n;
-			len -= (size_t)n;
-			*at += n;
-		}
+	char path[PATH_MAX], text[32];
+	int n = snprintf(text, sizeof text, "%ld\n", (long)getpid()), fd, done;
+
+	lock_name(path, sizeof path, st);
+	fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+	if (fd < 0 && errno == EEXIST) {
+		if (dotlock_is_stale(path))
+			(void)unlink(path);
+		return 1;
 	}
-	return 0;
+	done = fd < 0 ? -1 : write_all(fd, text, (size_t)n);
+	if (fd >= 0 && close(fd) != 0)
+		done = -1;
+	if (fd >= 0 && done != 0)
+		(void)unlink(path);
+	return done;
 }
 
-/* Notes what is to be appended; a group of no octets: nothing is. */
-static int append_note(struct append *a, uint64_t len, const char *head, size_t head_len)
+static void drop_dotlock(const struct store *st, struct append *a)
 {
-	char note[TAIL_SIZE];
-	off_t at = 0;
+	char path[PATH_MAX];
 
-	memset(note, ' ', sizeof note);
-	snprintf(note, TAIL_SIZE - TAIL_HEAD, "%020llu %020llu %2llu\n", (unsigned long long)a->size,
-	    (unsigned long long)a->size + len, (unsigned long long)head_len);
-	if (head_len > 0)
-		memcpy(note + TAIL_SIZE - TAIL_HEAD, head, head_len);
-	return put_at(a->tail, note, sizeof note, &at);
+	lock_name(path, sizeof path, st);
+	if (a->dotted)
+		(void)unlink(path);
+	a->dotted = false;
 }
 
-/* Cuts off what a killed listener left of its last group. */
-static int append_mend(struct store *st, struct append *a)
+/* Takes both locks that other programs know (Debian Policy 11.6): that of fcntl(2), then
+ * the file.  Where the file is another's we let go of the first meanwhile, lest each
+ * waits for the other. */
+static int append_lock(const struct store *st, struct append *a)
 {
-	char note[TAIL_SIZE], there[TAIL_HEAD];
-	unsigned long long begin, end, head;
-	size_t len;
+	int tries = LOCK_MS / LOCK_STEP_MS, done;
 
-	if (pread(a->tail, note, sizeof note, 0) != (ssize_t)sizeof note)
-		return 0;
-	note[TAIL_SIZE - TAIL_HEAD - 1] = '\0';
-	if (sscanf(note, "%llu %llu %llu", &begin, &end, &head) != 3 || head > TAIL_HEAD ||
-	    begin >= (unsigned long long)a->size || (unsigned long long)a->size >= end)
-		return 0;
-	len = min_size((size_t)head, (size_t)((unsigned long long)a->size - begin));
-	if (pread(a->fd, there, len, (off_t)begin) != (ssize_t)len ||
-	    memcmp(there, note + TAIL_SIZE - TAIL_HEAD, len) != 0)
-		return 0;
-	diag("%s: cut off %llu octets of a message that was never whole", st->path,
-	    (unsigned long long)a->size - begin);
-	a->size = (off_t)begin;
-	return ftruncate(a->fd, a->size) != 0 ? -1 : fsync(a->fd);
-}
-
-/* Opens the file under its lock.  It may have been put aside meanwhile. */
-static int append_open(struct store *st, struct append *a)
-{
-	char tail[PATH_MAX];
-	struct stat here, there;
-
-	snprintf(tail, sizeof tail, "%s.tail", st->path);
-	a->tail = -1;
 	for (;;) {
-		a->fd = open(st->path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-		if (a->fd < 0 || append_lock(a->fd) != 0 || fstat(a->fd, &here) != 0)
+		if (await_lock(a->fd) != 0)
 			return -1;
-		if (stat(st->path, &there) == 0 && here.st_dev == there.st_dev &&
-		    here.st_ino == there.st_ino)
-			break;
-		close(a->fd);
+		done = st->row->dotlock ? take_dotlock(st) : 0;
+		a->dotted = done == 0 && st->row->dotlock;
+		if (done <= 0)
+			return done;
+		(void)lock_file(a->fd, F_UNLCK);
+		errno = EAGAIN;
+		if (tries-- == 0)
+			return -1;
+		pause_ms(LOCK_STEP_MS);
 	}
-	a->size = here.st_size;
-	a->tail = open(tail, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	return a->tail < 0 ? -1 : append_mend(st, a);
 }
 
-static void append_close(struct append *a)
+static int append_open_file(const struct store *st, struct append *a)
+{
+	a->dotted = false;
+	a->size = 0;
+	a->fd = open(st->path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	return a->fd < 0 ? -1 : 0;
+}
+
+static void append_close(const struct store *st, struct append *a)
 {
 	int saved = errno;
 
-	if (a->tail >= 0)
-		close(a->tail);
+	drop_dotlock(st, a);
 	if (a->fd >= 0)
 		close(a->fd);           /* and with it goes the lock */
+	a->fd = -1;
 	errno = saved;
+}
+
+/* The digest of so many octets of a file; false where they are not there. */
+static bool digest_file(int fd, off_t at, off_t end, struct digest *d)
+{
+	char copy[16 << 10];
+	struct hash h;
+
+	hash_begin(&h, (struct digest){ 0, 0 });
+	while (at < end) {
+		size_t want = end - at < (off_t)sizeof copy ? (size_t)(end - at) : sizeof copy;
+		if (get_at(fd, copy, want, at) != (ssize_t)want)
+			return false;
+		hash_add(&h, slice(copy, want));
+		at += (off_t)want;
+	}
+	*d = hash_end(&h);
+	return true;
+}
+
+static bool has_octets(const struct append *a, off_t at, off_t end, struct digest want)
+{
+	struct digest got;
+
+	return end <= a->size && digest_file(a->fd, at, end, &got) && same_digest(got, want);
+}
+
+/* ---- settling an appended group ---- */
+
+/* Whether what stands there begins as the message does: as much of it as there is, or
+ * nothing but NULs, which a power failure puts in place of a block. */
+static bool begins_alike(const struct append *a, off_t at, const struct part *p)
+{
+	char octets[HEAD_KEPT], hex[2 * HEAD_KEPT + 1];
+	size_t most = min_size(strlen(p->head) / 2, sizeof octets), n = 0;
+	ssize_t got = get_at(a->fd, octets, most, at);
+
+	if (got <= 0)
+		return false;
+	print_hex(hex, (const unsigned char *)octets, (size_t)got);
+	if (strncmp(hex, p->head, 2 * (size_t)got) == 0)
+		return true;
+	while (n < (size_t)got && octets[n] == '\0')
+		n++;
+	return n == (size_t)got;
+}
+
+/* Whether a From_ line that stands in the middle of a line was put there by another
+ * program, which did not look what was before it: ours are marked with ">". */
+static bool is_glued(const char *text, const char *from)
+{
+	return from > text && from[-1] != '\n' && from[-1] != '>';
+}
+
+/* Where in [at, end) the next message of another program begins, or the end; `glued`: also
+ * in the middle of a line. */
+static off_t next_from_line(const struct append *a, off_t at, off_t end, bool glued)
+{
+	enum { STEP = 4096 };
+	char text[1 + STEP + BSMTP_FROM_LINE_MAX];
+	struct bsmtp_slice sender;
+
+	for (; at < end; at += STEP) {
+		ssize_t n = get_at(a->fd, text, sizeof text, at - 1);
+		const char *last = text + min_size(n > 0 ? (size_t)n : 0, 1 + STEP), *from = text;
+		while (++from < last && (from = memchr(from, 'F', (size_t)(last - from))) != NULL) {
+			if (from[-1] != '\n' && !(glued && is_glued(text, from)))
+				continue;
+			if (bsmtp_from_line_parse(&sender, from, (size_t)(text + n - from)) > 0)
+				return min_off(at - 1 + (from - text), end);
+		}
+	}
+	return end;
+}
+
+/* The same in a batch: whoever appends to it ends with an end mark, and what is torn has
+ * none.  Then nothing tells where the other began: before `at`. */
+static off_t next_transaction(const struct append *a, off_t at, off_t end)
+{
+	enum { STEP = 4096 };
+	char text[STEP + 4];
+
+	for (off_t from = at; from < end; from += STEP) {
+		ssize_t n = get_at(a->fd, text, sizeof text, from);
+		for (ssize_t i = 0; i + 5 <= n; i++)
+			if (memcmp(text + i, "\r\n.\r\n", 5) == 0 && from + i + 5 <= end)
+				return at - 1;
+	}
+	return end;
+}
+
+static off_t next_foreign(const struct store *st, const struct append *a, off_t at, off_t end, bool glued)
+{
+	return st->row->from_lines ? next_from_line(a, at, end, glued) : next_transaction(a, at, end);
+}
+
+/* Whether a whole sector of it is NULs: a power failure has taken a block. */
+static bool has_lost_block(const struct append *a, off_t at, off_t end)
+{
+	enum { SECTOR = 512 };
+	static const char nuls[SECTOR];
+	char octets[SECTOR];
+
+	for (at = (at + SECTOR - 1) / SECTOR * SECTOR; at + SECTOR <= end; at += SECTOR)
+		if (get_at(a->fd, octets, sizeof octets, at) == (ssize_t)sizeof octets &&
+		    memcmp(octets, nuls, sizeof octets) == 0)
+			return true;
+	return false;
+}
+
+/* Writes over [at, end) what means nothing: blank lines, in a batch after a NOOP where
+ * their number is odd. */
+static int blank_out(const struct store *st, const struct append *a, off_t at, off_t end)
+{
+	static const char odd[] = "NOOP xx\r\n";
+	char blank[512];
+
+	for (size_t i = 0; i < sizeof blank; i++)
+		blank[i] = st->row->from_lines || i % 2 == 1 ? '\n' : '\r';
+	if (!st->row->from_lines && (end - at) % 2 == 1 && put_at(a->fd, odd, sizeof odd - 1, &at) != 0)
+		return -1;
+	while (at < end)
+		if (put_at(a->fd, blank, min_size(sizeof blank, (size_t)(end - at)), &at) != 0)
+			return -1;
+	return 0;
+}
+
+static off_t part_start(const struct group *g, size_t i)
+{
+	return i == 0 ? g->start : g->parts[i - 1].end;
+}
+
+/* Where the next message of the group that is whole begins, or the end of the file. */
+static off_t next_whole(const struct append *a, const struct group *g, size_t i)
+{
+	for (i++; i < g->count; i++)
+		if (g->parts[i].state == '+')
+			return part_start(g, i);
+	return a->size;
+}
+
+/* How far what is torn of a message reaches; its start where that is not certain: it may be
+ * whole, and a mail reader may have marked it. */
+static off_t torn_end(const struct store *st, const struct append *a, const struct group *g, size_t i)
+{
+	const struct part *p = &g->parts[i];
+	off_t start = part_start(g, i), head = start + (off_t)p->head_len, next;
+
+	if (start >= a->size || !begins_alike(a, start, p))
+		return start;
+	next = next_foreign(st, a, start + 1, next_whole(a, g, i), false);
+	if (next >= p->end)
+		return has_lost_block(a, start, p->end) ? p->end : start;
+	next = next_foreign(st, a, start + 1, next, true);
+	if (next >= head && !has_octets(a, start, head, p->head_digest) && !has_lost_block(a, start, next))
+		return start;
+	return next;
+}
+
+/* Takes away what a killed listener left of a message: nobody else's octets are touched. */
+static int remove_torn(const struct store *st, struct append *a, const struct group *g, size_t i)
+{
+	off_t start = part_start(g, i), end = torn_end(st, a, g, i);
+
+	if (end <= start)
+		return 0;
+	if (end < a->size) {
+		diag("%s: blanked out %lld octets of a message that was never whole", st->path,
+		    (long long)(end - start));
+		return blank_out(st, a, start, end);
+	}
+	start = i == 0 ? g->size : start;
+	diag("%s: cut off %lld octets of a message that was never whole", st->path, (long long)(a->size - start));
+	a->size = start;
+	return ftruncate(a->fd, start);
+}
+
+/* Settles a group that another listener has left open, by what is in the file. */
+static int settle_appended(struct store *st, struct append *a, struct group *g)
+{
+	for (size_t i = 0; i < g->count; i++)
+		if (g->parts[i].state == '?')
+			g->parts[i].state = has_octets(a, part_start(g, i), g->parts[i].end, g->parts[i].digest) ?
+			    '+' : '-';
+	for (size_t i = g->count; i-- > 0;)
+		if (g->parts[i].state == '-' && remove_torn(st, a, g, i) != 0)
+			return -1;
+	return fsync(a->fd) != 0 ? -1 : journal_resolve(st, g);
+}
+
+/* Opens the file under the locks of all, and settles what was left open.  It may have been
+ * put aside meanwhile.  That it cannot be opened is found before anything is made. */
+static int append_start(struct store *st, struct append *a)
+{
+	struct stat here;
+	int done = append_open_file(st, a);
+
+	if (done == 0)
+		done = journal_lock(st, true);
+	while (done == 0 && (done = append_lock(st, a)) == 0 && !still_named(a->fd, st->path, &here)) {
+		append_close(st, a);
+		done = append_open_file(st, a);
+	}
+	a->size = done == 0 ? here.st_size : 0;
+	while (done == 0 && st->journal.open != NULL)
+		done = settle_appended(st, a, st->journal.open);
+	if (done == 0)
+		return 0;
+	append_close(st, a);
+	journal_unlock(&st->journal);
+	return -1;
+}
+
+static void append_end(struct store *st, struct append *a)
+{
+	append_close(st, a);
+	journal_unlock(&st->journal);
 }
 
 /* At the start a file is mended, and one that cannot be written is known. */
 static int open_append_store(struct store *st)
 {
 	struct append a;
-	int done = append_open(st, &a);
 
-	append_close(&a);
-	return done;
+	if (append_start(st, &a) != 0)
+		return -1;
+	append_end(st, &a);
+	return 0;
 }
 
-/* What must stand between the file's end and the first message. */
-static const char *append_lead(const struct store *st, const struct append *a, char *lead, size_t size)
+/* ---- appending a group ---- */
+
+/* What must stand between the file's end and the first message: in an mbox a blank line,
+ * in a batch that is empty its opening. */
+static size_t append_lead(const struct store *st, const struct append *a, char *lead, size_t size)
 {
 	char last[2] = { '\n', '\n' };
 	size_t n = a->size > 1 ? 2 : (size_t)a->size;
 
 	lead[0] = '\0';
-	(void)!pread(a->fd, last + 2 - n, n, a->size - (off_t)n);
-	if (st->row->begin == begin_in_mbox_file)
-		snprintf(lead, size, "%s", last[1] != '\n' ? "\n\n" : last[0] != '\n' ? "\n" : "");
-	else if (a->size == 0)
+	(void)get_at(a->fd, last + 2 - n, n, a->size - (off_t)n);
+	if (!st->row->from_lines && a->size == 0)
 		snprintf(lead, size, "EHLO %s\r\n", st->host);
-	return lead;
+	if (st->row->from_lines && last[1] != '\n')
+		snprintf(lead, size, "\n\n");
+	else if (st->row->from_lines && last[0] != '\n')
+		snprintf(lead, size, "\n");
+	return strlen(lead);
 }
 
-static int append_one(struct append *a, const struct delivery *d, off_t *at)
+/* What the journal is to know of a message that will begin at `at`; false with errno. */
+static bool weigh(struct delivery *d, off_t at)
+{
+	char octets[HEAD_KEPT];
+	ssize_t n = (ssize_t)min_size(d->spool_len, sizeof octets);
+
+	d->end = at + (off_t)spool_size(d);
+	if (d->fd < 0) {
+		d->digest = digest_of(slice(d->spool, d->spool_len));
+		d->head_digest = digest_of(slice(d->spool, (size_t)d->head_len));
+		memcpy(octets, d->spool, (size_t)n);
+	} else {
+		n = get_at(d->fd, octets, sizeof octets, 0);
+		if (n < 0 || !digest_file(d->fd, 0, d->end - at, &d->digest) ||
+		    !digest_file(d->fd, 0, (off_t)d->head_len, &d->head_digest))
+			return false;
+	}
+	print_hex(d->head, (const unsigned char *)octets, (size_t)n);
+	return true;
+}
+
+static void print_part(FILE *f, const struct delivery *d)
+{
+	fprintf(f, "part %lld", (long long)d->end);
+	print_digest(f, d->digest);
+	fprintf(f, " %s %llu", d->head, (unsigned long long)d->head_len);
+	print_digest(f, d->head_digest);
+	fputc('\n', f);
+}
+
+static int append_one(const struct append *a, const struct delivery *d, off_t *at)
 {
 	char copy[16 << 10];
 	off_t from = 0;
@@ -7091,7 +8473,7 @@ static int append_one(struct append *a, const struct delivery *d, off_t *at)
 
 	if (d->fd < 0)
 		return put_at(a->fd, d->spool, d->spool_len, at);
-	while ((n = pread(d->fd, copy, sizeof copy, from)) > 0) {
+	while ((n = get_at(d->fd, copy, sizeof copy, from)) > 0) {
 		if (put_at(a->fd, copy, (size_t)n, at) != 0)
 			return -1;
 		from += n;
@@ -7099,92 +8481,91 @@ static int append_one(struct append *a, const struct delivery *d, off_t *at)
 	return n < 0 ? -1 : 0;
 }
 
-/* Notes the group, appends it, and syncs both.  Where the disk is full the
- * messages before that stay. */
+/* Begins the group in the journal: those that are due, one after the other from `start`. */
+static int note_appended(struct store *st, const struct append *a, struct delivery *group, off_t start)
+{
+	off_t at = start;
+	size_t count = 0;
+	int done = 0;
+
+	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
+		journal_judge(st, d);
+		if (is_due(d) && !weigh(d, at))
+			d->error = errno;
+		d->noted = is_due(d);
+		at = d->noted ? d->end : at;
+		count += d->noted;
+	}
+	if (count > 0)
+		done = journal_begin(st, group, a->size, start, print_part);
+	for (struct delivery *d = group; d != NULL && done != 0; d = next_of(d))
+		d->noted = false;
+	return done;
+}
+
+/* Appends those that are noted, and syncs.  Where the disk is full the messages before
+ * that stay. */
 static int append_group(struct store *st, struct append *a, struct delivery *group)
 {
-	char lead[300], head[TAIL_HEAD];
-	size_t lead_len = strlen(append_lead(st, a, lead, sizeof lead)), n;
-	uint64_t total = lead_len;
-	off_t at = a->size, good;
-	bool all = true, less = false;
+	char lead[300];
+	size_t lead_len = append_lead(st, a, lead, sizeof lead);
+	off_t at = a->size, good = a->size;
+	bool all = true;
 
-	for (const struct delivery *d = group; d != NULL; d = next_of(d))
-		total += spool_size(d);
-	n = min_size(lead_len, sizeof head);
-	memcpy(head, lead, n);
-	if (group->fd < 0) {
-		size_t more = min_size(sizeof head - n, group->spool_len);
-		memcpy(head + n, group->spool, more);
-		n += more;
-	} else {
-		ssize_t more = pread(group->fd, head + n, sizeof head - n, 0);
-		n += more > 0 ? (size_t)more : 0;
-	}
-	if (append_note(a, total, head, n) != 0 || fdatasync(a->tail) != 0)
+	if (note_appended(st, a, group, a->size + (off_t)lead_len) != 0 || put_at(a->fd, lead, lead_len, &at) != 0)
 		return -1;
-	remember_group(st, group, a->size + (off_t)lead_len);
-	if (put_at(a->fd, lead, lead_len, &at) != 0)
-		return -1;
-	good = at;
 	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
-		if (d->error != 0) {            /* its TRANSID could not be noted */
-			less = true;
+		if (!d->noted)
 			continue;
-		}
-		if (all && append_one(a, d, &at) != 0)
-			all = false;
+		all = all && append_one(a, d, &at) == 0;
 		if (!all)
 			d->error = errno;
 		else
 			good = at;
 	}
-	if (!all && ftruncate(a->fd, good) != 0)
+	if ((!all || good == a->size) && ftruncate(a->fd, good) != 0)
 		return -1;
 	if (fsync(a->fd) != 0)
 		return -1;
-	a->size = good;
-	return append_note(a, 0, "", 0) != 0 || ((!all || less) && fdatasync(a->tail) != 0) ? -1 : 0;
+	return a->size == 0 ? sync_parent(st->path) : 0;
+}
+
+static void fail_group(struct delivery *group, int error)
+{
+	for (struct delivery *d = group; d != NULL; d = next_of(d))
+		if (is_due(d))
+			d->error = error;
 }
 
 static void commit_appended(struct store *st, struct delivery *group)
 {
 	struct append a;
-	int done = append_open(st, &a);
-	off_t before = a.size;
 
-	if (done == 0) {
-		done = append_group(st, &a, group);
-		if (done == 0 && before == 0)
-			done = sync_parent(st->path);
+	if (append_start(st, &a) != 0) {
+		fail_group(group, errno);
+	} else {
+		int done = append_group(st, &a, group), error = errno;
 		if (done != 0) {
-			int saved = errno;
-			(void)!ftruncate(a.fd, before);
-			errno = saved;
+			(void)!ftruncate(a.fd, a.size);
+			fail_group(group, error);
 		}
+		(void)journal_end(st, group, done == 0);
+		append_end(st, &a);
 	}
-	append_close(&a);
-	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
-		d->error = d->error != 0 ? d->error : done != 0 ? errno : 0;
-		if (d->error != 0)
-			unremember(st, d);
+	for (struct delivery *d = group; d != NULL; d = next_of(d))
 		close_files(d);
-	}
 }
 
 /* ---- a command for each message ---- */
 
-enum { COMMANDS_MAX = 8 };
-
-struct command {
-	pid_t pid;
-	struct delivery *delivery;
-	int64_t until_us;
-};
-
-/* The text goes to its file here, in the loop, where memory is accounted for. */
+/* The text goes to its file here, in the loop, where memory is accounted for.  What has
+ * come through so many servers goes in a circle (RFC 5321 6.3). */
 static int end_for_command(struct store *st, struct delivery *d)
 {
+	enum { HOPS_MAX = 100 };
+
+	if (d->hops > HOPS_MAX)
+		d->answer = BSMTP_ANSWER_LOOPS;
 	return spill(st, d) != 0 || lseek(d->fd, 0, SEEK_SET) != 0 ? -1 : 0;
 }
 
@@ -7203,11 +8584,28 @@ static char *variable(const char *name, const char *value)
 	return text;
 }
 
-/* The environment of the command: ours, and who the message is from and to. */
+/* What a command does not get of our environment: our options, which hold secrets and would
+ * be those of a bsmtp that it runs; what was meant for this process alone; what makes the
+ * loader or the shell run something else. */
+static bool is_ours_alone(const char *entry)
+{
+	static const char *const names[] = { "BSMTP_", "LD_", "DYLD_", "LISTEN_PID=", "LISTEN_FDS=",
+		"LISTEN_FDNAMES=", "NOTIFY_SOCKET=", "SSLKEYLOGFILE=", "ENV=", "BASH_ENV=", "IFS=" };
+
+	for (size_t i = 0; i < COUNT(names); i++)
+		if (strncmp(entry, names[i], strlen(names[i])) == 0)
+			return true;
+	return false;
+}
+
+enum { OWN_VARIABLES = 4 };
+
+/* The environment of the command: who the message is from and to, and ours as far as it
+ * may have it.  Sendmail's relay is one of us, and is given all. */
 static char **command_environment(const struct delivery *d)
 {
 	extern char **environ;
-	size_t n = 0, len = 1;
+	size_t n = 0, len = 1, at = OWN_VARIABLES;
 	char **all, *to, *end;
 
 	while (environ[n] != NULL)
@@ -7218,107 +8616,270 @@ static char **command_environment(const struct delivery *d)
 	for (size_t i = 0; i < d->to.count; i++)
 		end += snprintf(end, len - (size_t)(end - to), "%s%s", i > 0 ? "\n" : "", d->to.items[i]);
 	*end = '\0';
-	all = grow(NULL, (n + 5) * sizeof *all);
+	all = grow(NULL, (n + OWN_VARIABLES + 1) * sizeof *all);
 	all[0] = variable("BSMTP_SENDER", d->from);
 	all[1] = variable("BSMTP_RECIPIENTS", to);
 	all[2] = variable("BSMTP_PEER", d->peer);
 	all[3] = variable("BSMTP_ID", d->name);
-	memcpy(all + 4, environ, (n + 1) * sizeof *all);
+	for (size_t i = 0; i < n; i++)
+		if (options.called != NULL || !is_ours_alone(environ[i]))
+			all[at++] = environ[i];
+	all[at] = NULL;
 	free(to);
 	return all;
 }
 
-/* sh -c CMD, its standard input the message, its output our standard error; in a
- * process group of its own, so that all of it can be ended. */
+/* Its standard input is the message, its output our standard error.  A failure here must
+ * not give it another input. */
+static int command_files(posix_spawn_file_actions_t *files, int fd)
+{
+	int error = posix_spawn_file_actions_adddup2(files, fd, STDIN_FILENO);
+
+	return error != 0 ? error : posix_spawn_file_actions_adddup2(files, STDERR_FILENO, STDOUT_FILENO);
+}
+
+/* In a process group of its own, so that all of it can be ended; signals as usual. */
+static int command_manners(posix_spawnattr_t *how)
+{
+	sigset_t none, defaults;
+	int error;
+
+	sigemptyset(&none);
+	sigemptyset(&defaults);
+	sigaddset(&defaults, SIGPIPE);
+	error = posix_spawnattr_setsigmask(how, &none);
+	if (error == 0)
+		error = posix_spawnattr_setsigdefault(how, &defaults);
+	if (error == 0)
+		error = posix_spawnattr_setpgroup(how, 0);
+	return error != 0 ? error : posix_spawnattr_setflags(how,
+	    POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
+}
+
+/* Runs it with these arguments; 0, or what failed. */
+static int spawn_with(pid_t *pid, int fd, char **arguments, char **environment)
+{
+	posix_spawn_file_actions_t files;
+	posix_spawnattr_t how;
+	int error = posix_spawn_file_actions_init(&files);
+
+	if (error != 0)
+		return error;
+	error = posix_spawnattr_init(&how);
+	if (error == 0) {
+		error = command_files(&files, fd);
+		if (error == 0)
+			error = command_manners(&how);
+		if (error == 0)
+			error = posix_spawn(pid, "/bin/sh", &files, &how, arguments, environment);
+		posix_spawnattr_destroy(&how);
+	}
+	posix_spawn_file_actions_destroy(&files);
+	return error;
+}
+
+/* sh -c CMD, the recipients its arguments. */
 static int spawn(pid_t *pid, const char *cmd, const struct delivery *d, char **environment)
 {
 	char **arguments = grow(NULL, (d->to.count + 5) * sizeof *arguments);
 	static char sh[] = "sh", c[] = "-c";
-	posix_spawn_file_actions_t files;
-	posix_spawnattr_t how;
-	sigset_t none, defaults;
 	char *text = copy_slice(slice_of(cmd));
 	int error;
 
 	arguments[0] = sh;
-	arguments[3] = options.called != NULL ? options.called : sh;
 	arguments[1] = c;
 	arguments[2] = text;
+	arguments[3] = options.called != NULL ? options.called : sh;
 	for (size_t i = 0; i < d->to.count; i++)
 		arguments[4 + i] = d->to.items[i];
 	arguments[4 + d->to.count] = NULL;
-	sigemptyset(&none);
-	sigemptyset(&defaults);
-	sigaddset(&defaults, SIGPIPE);
-	posix_spawn_file_actions_init(&files);
-	posix_spawn_file_actions_adddup2(&files, d->fd, STDIN_FILENO);
-	posix_spawn_file_actions_adddup2(&files, STDERR_FILENO, STDOUT_FILENO);
-	posix_spawnattr_init(&how);
-	posix_spawnattr_setsigmask(&how, &none);
-	posix_spawnattr_setsigdefault(&how, &defaults);
-	posix_spawnattr_setpgroup(&how, 0);
-	posix_spawnattr_setflags(&how, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGMASK |
-	    POSIX_SPAWN_SETSIGDEF);
-	error = posix_spawn(pid, "/bin/sh", &files, &how, arguments, environment);
-	posix_spawnattr_destroy(&how);
-	posix_spawn_file_actions_destroy(&files);
+	error = spawn_with(pid, d->fd, arguments, environment);
 	free(text);
 	free(arguments);
 	return error;
 }
 
-static bool start_command(struct store *st, struct delivery *d, struct command *c)
+/* False where it has failed already. */
+static bool command_start(struct store *st, struct delivery *d, struct command *c)
 {
-	char **environment;
+	char **environment = command_environment(d);
 
-	if (d->error != 0)
-		return false;
-	environment = command_environment(d);
 	c->delivery = d;
 	c->until_us = now_us() + (int64_t)options.timeout_ms * 1000;
 	d->error = spawn(&c->pid, st->path, d, environment);
-	for (int i = 0; i < 4; i++)
+	for (int i = 0; i < OWN_VARIABLES; i++)
 		free(environment[i]);
 	free(environment);
 	return d->error == 0;
 }
 
-/* Whether it has ended, and how.  What is no verdict of the command's own must
- * not lose the message: not found, not to be run, killed, too slow. */
+/* What an exit status says of the message (sysexits.h).  What is no verdict of the
+ * command's own must not lose it: a shell that cannot go on, as without a process to
+ * fork (2); a fault of the system, the program or its configuration; a command that is
+ * not found, not to be run, or killed (126 and above). */
+static enum bsmtp_answer command_verdict(int status)
+{
+	static const int undecided[] = { 2, 70, 71, 72, 73, 74, 75, 78 };
+
+	if (status == 0)
+		return BSMTP_ANSWER_STORED;
+	for (size_t i = 0; i < COUNT(undecided); i++)
+		if (status == undecided[i])
+			return BSMTP_ANSWER_STORE_FAILED;
+	return status < 126 ? BSMTP_ANSWER_NOT_TAKEN : BSMTP_ANSWER_STORE_FAILED;
+}
+
+static void command_kill(const struct command *c)
+{
+	int how;
+
+	(void)kill(-c->pid, SIGKILL);
+	while (waitpid(c->pid, &how, 0) < 0 && errno == EINTR)
+		;
+}
+
+/* Whether it has ended, and how.  What is no verdict of its own is none: killed, too
+ * slow, or nobody can tell. */
 static bool command_ended(struct command *c)
 {
 	struct delivery *d = c->delivery;
 	int how = 0;
+	pid_t pid;
 
 	if (now_us() > c->until_us) {
-		(void)kill(-c->pid, SIGKILL);
-		(void)waitpid(c->pid, &how, 0);
+		command_kill(c);
 		d->error = ETIMEDOUT;
 		return true;
 	}
-	if (waitpid(c->pid, &how, WNOHANG) == 0)
+	pid = waitpid(c->pid, &how, WNOHANG);
+	if (pid == 0 || (pid < 0 && errno == EINTR))
 		return false;
-	d->verdict = WIFEXITED(how) && WEXITSTATUS(how) < 126 ? WEXITSTATUS(how) : EX_TEMPFAIL;
+	if (pid < 0)
+		d->error = errno;
+	else
+		d->answer = WIFEXITED(how) ? command_verdict(WEXITSTATUS(how)) : BSMTP_ANSWER_STORE_FAILED;
 	return true;
 }
 
-static void commit_by_command(struct store *st, struct delivery *group)
-{
-	struct command running[COMMANDS_MAX];
-	struct timespec pause = { 0, 2000000 };
-	struct delivery *next = group;
-	size_t count = 0;
+/* ---- commands run in a pool: each is reported when it ends ---- */
 
-	while (next != NULL || count > 0) {
-		size_t before = count;
-		for (; next != NULL && count < COMMANDS_MAX; next = next_of(next))
-			count += start_command(st, next, &running[count]);
-		for (size_t i = 0; i < count; i++)
-			if (command_ended(&running[i]))
-				running[i--] = running[--count];
-		if (count > 0 && count >= before)
-			nanosleep(&pause, NULL);
+static void pool_give(struct pool *p, struct delivery *d)
+{
+	d->job.next = NULL;
+	*p->queue_end = &d->job;
+	p->queue_end = &d->job.next;
+}
+
+static size_t pool_running(const struct pool *p, const struct session *s)
+{
+	size_t n = 0;
+
+	for (size_t i = 0; i < p->count; i++)
+		n += p->running[i].delivery->session == s;
+	return n;
+}
+
+/* The next message whose command may start: one session never has all the places. */
+static struct delivery *pool_next(struct pool *p)
+{
+	for (struct job **at = &p->queue; p->count < COMMANDS_MAX && *at != NULL; at = &(*at)->next) {
+		struct delivery *d = (struct delivery *)(void *)*at;
+		if (pool_running(p, d->session) >= COMMANDS_EACH)
+			continue;
+		*at = d->job.next;
+		if (*at == NULL)
+			p->queue_end = at;
+		return d;
 	}
+	return NULL;
+}
+
+/* Starts what may start. */
+static void pool_start(struct store *st)
+{
+	struct pool *p = &st->pool;
+	struct delivery *d;
+
+	while ((d = pool_next(p)) != NULL) {
+		if (command_start(st, d, &p->running[p->count])) {
+			p->count++;
+			continue;
+		}
+		d->job.next = p->failed;
+		p->failed = &d->job;
+	}
+}
+
+/* Those that have ended, one after the other. */
+static struct job *pool_take(struct pool *p)
+{
+	struct job *done = p->failed;
+
+	p->failed = NULL;
+	for (size_t i = 0; i < p->count; i++) {
+		if (!command_ended(&p->running[i]))
+			continue;
+		p->running[i].delivery->job.next = done;
+		done = &p->running[i].delivery->job;
+		p->running[i--] = p->running[--p->count];
+	}
+	return done;
+}
+
+/* When something is to be taken, at the latest: the first has run for too long then. */
+static int64_t pool_alarm(const struct pool *p, int64_t alarm)
+{
+	if (p->failed != NULL)
+		return 0;
+	for (size_t i = 0; i < p->count; i++)
+		alarm = p->running[i].until_us < alarm ? p->running[i].until_us : alarm;
+	return alarm;
+}
+
+/* The listener ends at once: nobody waits for a command any more. */
+static struct job *pool_stop(struct pool *p)
+{
+	struct job *done = p->queue;
+
+	p->queue = NULL;
+	p->queue_end = &p->queue;
+	for (struct job *job = done; job != NULL; job = job->next)
+		((struct delivery *)(void *)job)->error = EINTR;
+	while (p->count > 0) {
+		struct command *c = &p->running[--p->count];
+		command_kill(c);
+		c->delivery->error = EINTR;
+		c->delivery->job.next = done;
+		done = &c->delivery->job;
+	}
+	return done;
+}
+
+/* After the command: the committer notes who has the message now, where ids are kept.  The
+ * command has ended, so that a note which cannot be made changes nothing about that. */
+static void note_delivered(struct store *st, struct delivery *group)
+{
+	char *text = NULL;
+	size_t len = 0;
+	FILE *f = open_memstream(&text, &len);
+	int64_t now = (int64_t)time(NULL);
+	int done = -1;
+
+	for (const struct delivery *d = group; d != NULL; d = next_of(d)) {
+		ids_add_all(&st->ids, d, now);
+		for (size_t i = 0; f != NULL && i < d->to.count; i++)
+			fprintf(f, "known %lld %s %s\n", (long long)now, d->transid, d->to.items[i]);
+	}
+	if (f != NULL && fclose(f) == 0 && journal_lock(st, true) == 0) {
+		done = journal_put(&st->journal, text, len, 0);
+		if (done == 0)
+			st->journal.end = st->journal.group_end;
+		else
+			(void)journal_trouble(&st->journal);
+		journal_compact(&st->journal);
+		journal_unlock(&st->journal);
+	}
+	free(text);
 	for (struct delivery *d = group; d != NULL; d = next_of(d))
 		close_files(d);
 }
@@ -7326,175 +8887,80 @@ static void commit_by_command(struct store *st, struct delivery *group)
 /* ---- the table ---- */
 
 static const struct store_row store_rows[] = {
-	[STORE_MAILDIR] = { "maildir", false, open_maildir_store, begin_in_maildir, text_as_lines,
-		NULL, commit_files, NULL, publish_in_maildir },
-	[STORE_EML] = { "eml", false, open_eml_store, begin_file, put_text, NULL, commit_files,
-		prepare_eml, publish_eml },
-	[STORE_MBOX] = { "mbox", true, open_append_store, begin_in_mbox_file, text_in_mbox_file,
-		end_in_mbox_file, commit_appended, NULL, NULL },
-	[STORE_BATCH] = { "batch", true, open_append_store, begin_in_batch_file,
-		text_in_batch_file, end_in_batch_file, commit_appended, NULL, NULL },
-	[STORE_EXEC] = { "exec", true, open_no_store, begin_for_command, text_as_lines,
-		end_for_command, commit_by_command, NULL, NULL },
-	[STORE_DISCARD] = { "discard", false, open_no_store, NULL, NULL, NULL, NULL, NULL, NULL },
+	[STORE_MAILDIR] = { .name = "maildir", .layout = LAYOUT_FILES,
+		.open = open_maildir_store, .folders = open_maildir_store,
+		.begin = begin_in_maildir, .text = text_as_lines,
+		.commit = commit_files, .publish = publish_in_maildir },
+	[STORE_EML] = { .name = "eml", .layout = LAYOUT_FILES, .envelopes = true,
+		.open = open_eml_store, .folders = open_eml_folder,
+		.begin = begin_file, .text = put_text,
+		.commit = commit_files, .prepare = prepare_eml, .publish = publish_eml },
+	[STORE_MBOX] = { .name = "mbox", .layout = LAYOUT_APPENDED, .dotlock = true, .from_lines = true,
+		.open = open_append_store,
+		.begin = begin_in_mbox_file, .text = text_in_mbox_file, .end = end_in_mbox_file,
+		.commit = commit_appended },
+	[STORE_BATCH] = { .name = "batch", .layout = LAYOUT_APPENDED,
+		.open = open_append_store,
+		.begin = begin_in_batch_file, .text = text_in_batch_file, .end = end_in_batch_file,
+		.commit = commit_appended },
+	[STORE_EXEC] = { .name = "exec", .layout = LAYOUT_COMMAND,
+		.open = open_no_store,
+		.begin = begin_for_command, .text = text_for_command, .end = end_for_command,
+		.commit = note_delivered },
+	[STORE_DISCARD] = { .name = "discard", .layout = LAYOUT_NONE, .open = open_no_store },
 };
 
-/* ---- TRANSIDs, at the start ---- */
-
-/* What is read of the log. */
-struct recall {
-	struct store *st;
-	struct list last;       /* the last group's lines, and where the store is now */
-	uint64_t lines;
-	off_t size;
-};
-
-static void recall_line(struct recall *r, char *line)
+/* Where the store keeps its journal: beside a file, in a folder, or where it was told. */
+static void name_journal(struct store *st)
 {
-	char id[BSMTP_TRANSID_MAX + 1];
-	long long seconds;
+	char *path = st->journal.path;
+	size_t size = sizeof st->journal.path;
 
-	r->lines++;
-	if (line[0] == '=')
-		list_free(&r->last);
-	else if (sscanf(line, "+ %lld %80s", &seconds, id) == 2 && seconds > 0 &&
-	    bsmtp_transid_valid(slice_of(id))) {
-		memory_set(&r->st->memory, id, seconds);
-		list_add(&r->last, slice_of(line));
-	} else if (sscanf(line, "- %lld %80s", &seconds, id) == 2) {
-		memory_remove(&r->st->memory, id);
-	}
+	if (st->row->layout == LAYOUT_FILES)
+		snprintf(path, size, "%s/bsmtp.journal", st->path);
+	else if (st->row->layout == LAYOUT_APPENDED)
+		snprintf(path, size, "%s.journal", st->path);
+	else
+		snprintf(path, size, "%s", or_empty(options.transids));
 }
 
-/* Reads the lines; one that is torn is cut off. */
-static int recall_lines(struct recall *r, int fd)
+/* What an earlier run has stored is known, and what it has left open is settled. */
+static int settle_store(struct store *st)
 {
-	char text[4096];
-	size_t len = 0;
-	off_t at = 0;
-	ssize_t n;
+	int done = journal_lock(st, st->row->layout == LAYOUT_COMMAND);
 
-	while ((n = pread(fd, text + len, sizeof text - 1 - len, at)) > 0) {
-		char *line = text, *lf;
-		at += n;
-		len += (size_t)n;
-		text[len] = '\0';
-		for (; (lf = memchr(line, '\n', len - (size_t)(line - text))) != NULL; line = lf + 1) {
-			*lf = '\0';
-			recall_line(r, line);
-		}
-		len -= (size_t)(line - text);
-		if (line == text && len == sizeof text - 1)
-			len = 0;                /* not ours */
-		memmove(text, line, len);
-	}
-	return n < 0 || (len > 0 && ftruncate(fd, at - (off_t)len) != 0) ? -1 : 0;
-}
-
-/* Whether a message of the last group is there; if it can be, it is put there now. */
-static bool recall_settle(struct recall *r, const char *line)
-{
-	struct delivery d;
-	long long end;
-
-	memset(&d, 0, sizeof d);
-	if (sscanf(line, "+ %*d %*s @ %lld", &end) == 1)
-		return end <= (long long)r->size;
-	if (r->st->row->publish == NULL || sscanf(line, "+ %*d %*s %175s %159s", d.tmp, d.name) != 2 ||
-	    strchr(d.tmp, '/') != NULL || strchr(d.name, '/') != NULL ||
-	    faccessat(r->st->tmp_dir, d.tmp, F_OK, 0) != 0)
-		return true;
-	if (r->st->row->publish(r->st, &d) != 0 && errno != EEXIST)
-		return false;
-	(void)unlinkat(r->st->tmp_dir, d.tmp, 0);
-	return true;
-}
-
-/* Writes the log anew, when most of it is about ids that are forgotten. */
-static int recall_compact(struct memory *m)
-{
-	struct memory fresh = { .log = -1 };
-	char *text = NULL;
-	size_t len = 0;
-	FILE *f = open_memstream(&text, &len);
-	int done = -1;
-
-	snprintf(fresh.path, sizeof fresh.path, "%.*s.new", (int)sizeof fresh.path - 5, m->path);
-	(void)unlink(fresh.path);
-	for (size_t i = 0; i < m->room && f != NULL; i++)
-		for (const struct known *k = m->buckets[i]; k != NULL; k = k->next)
-			fprintf(f, "+ %lld %s - -\n", (long long)k->seconds, k->id);
-	if (f != NULL && fclose(f) == 0 && log_put(&fresh, text, len) == 0 &&
-	    rename(fresh.path, m->path) == 0)
-		done = sync_parent(m->path);
-	free(text);
-	if (done != 0) {
-		if (fresh.log >= 0)
-			close(fresh.log);
-		return -1;
-	}
-	close(m->log);
-	m->log = fresh.log;
-	return 0;
-}
-
-/* What an earlier run has stored is known. */
-static int memory_open(struct store *st)
-{
-	struct recall r = { .st = st };
-	struct memory *m = &st->memory;
-	struct stat now;
-	int done = 0;
-
-	m->log = -1;
-	if (st->row->publish != NULL)
-		snprintf(m->path, sizeof m->path, "%s/transids", st->path);
-	else if (st->row->commit == commit_appended)
-		snprintf(m->path, sizeof m->path, "%s.transids", st->path);
-	if (m->path[0] == '\0' || !log_open(m, false))
-		return 0;               /* then, or none yet, or another listener's */
-	r.size = stat(st->path, &now) == 0 ? now.st_size : 0;
-	done = recall_lines(&r, m->log);
-	for (size_t i = 0; i < r.last.count && done == 0; i++) {
-		struct delivery d;
-		char id[BSMTP_TRANSID_MAX + 1];
-		if (recall_settle(&r, r.last.items[i]) || sscanf(r.last.items[i], "+ %*d %80s", id) != 1)
-			continue;
-		memset(&d, 0, sizeof d);
-		d.transid = id;
-		unremember(st, &d);
-		memory_remove(m, id);
-	}
-	if (done == 0 && r.last.count > 0 && st->new_dir >= 0)
-		done = fsync(st->new_dir);
-	if (done == 0 && r.lines > 2 * m->count + 1000)
-		done = recall_compact(m);
-	list_free(&r.last);
-	return done == 0 && lseek(m->log, 0, SEEK_END) < 0 ? -1 : done;
-}
-
-static void memory_free(struct memory *m)
-{
-	for (size_t i = 0; i < m->room; i++)
-		for (struct known *k = m->buckets[i], *next; k != NULL; k = next) {
-			next = k->next;
-			free(k);
-		}
-	free(m->buckets);
-	if (m->log >= 0)
-		close(m->log);
+	if (done == 0)
+		done = settle_open_files(st);
+	else if (errno == ENOENT)
+		done = 0;               /* there is none yet */
+	journal_unlock(&st->journal);
+	if (done == 0 && st->row->layout == LAYOUT_FILES)
+		sweep_files(st);
+	return done;
 }
 
 static int store_open(struct store *st, enum store_kind kind, const char *path)
 {
 	st->row = &store_rows[kind];
 	st->path = path;
+	name_journal(st);
+	if (ids_open(&st->ids) != 0)
+		return -1;
 	if (gethostname(st->host, sizeof st->host - 1) != 0)
 		snprintf(st->host, sizeof st->host, "localhost");
 	for (char *p = st->host; *p != '\0'; p++)
 		if (!is_alnum(*p) && strchr(".-_", *p) == NULL)
 			*p = '_';
-	return st->row->open(st) != 0 ? -1 : memory_open(st);
+	if (st->row->open(st) != 0)
+		return -1;
+	return st->row->layout == LAYOUT_APPENDED || st->journal.path[0] == '\0' ? 0 : settle_store(st);
+}
+
+static void store_init(struct store *st)
+{
+	st->dir = st->new_dir = st->tmp_dir = st->journal.fd = -1;
+	st->journal.open_end = &st->journal.open;
+	st->pool.queue_end = &st->pool.queue;
 }
 
 static void store_close(struct store *st)
@@ -7505,7 +8971,8 @@ static void store_close(struct store *st)
 	for (size_t i = 0; i < COUNT(fds); i++)
 		if (fds[i] >= 0)
 			close(fds[i]);
-	memory_free(&st->memory);
+	journal_close(&st->journal);
+	ids_close(&st->ids);
 }
 
 static void delivery_free(struct store *st, struct delivery *d)
@@ -7513,6 +8980,7 @@ static void delivery_free(struct store *st, struct delivery *d)
 	if (d == NULL)
 		return;
 	close_files(d);
+	ids_release(&st->ids, d);
 	st->spooled -= d->spool_room;
 	free(d->spool);
 	free(d->from);
@@ -7520,6 +8988,7 @@ static void delivery_free(struct store *st, struct delivery *d)
 	free(d->helo);
 	free(d->transid);
 	list_free(&d->to);
+	list_free(&d->known);
 	free(d);
 }
 
@@ -7536,6 +9005,7 @@ static void delivery_begin(struct store *st, struct delivery *d)
 	    (long)t.tv_usec, (long)getpid(), (unsigned long long)++st->sequence, st->host);
 	if (st->row->begin(st, d) != 0)
 		d->error = errno;
+	d->head_len = st->row->layout == LAYOUT_APPENDED ? spool_size(d) : 0;
 }
 
 static void delivery_text(struct store *st, struct delivery *d, struct bsmtp_slice text)
@@ -7547,7 +9017,7 @@ static void delivery_text(struct store *st, struct delivery *d, struct bsmtp_sli
 		d->error = errno;
 }
 
-/* The message is whole.  True: the committer has more to do. */
+/* The message is whole.  True: it is still to be committed. */
 static bool delivery_end(struct store *st, struct delivery *d)
 {
 	if (!d->begun)                  /* a body of no octets */
@@ -7556,15 +9026,13 @@ static bool delivery_end(struct store *st, struct delivery *d)
 		d->error = errno;
 	if (d->error != 0 && d->tmp[0] != '\0')
 		(void)unlinkat(st->tmp_dir, d->tmp, 0);
-	return st->row->commit != NULL && d->error == 0;
+	return st->row->commit != NULL && is_due(d);
 }
 
 static void delivery_forget(struct store *st, struct delivery *d)
 {
 	if (d != NULL && d->fd >= 0 && d->tmp[0] != '\0')
 		(void)unlinkat(st->tmp_dir, d->tmp, 0);
-	if (d != NULL && d->transid != NULL && d->answer == BSMTP_ANSWER_STORED)
-		memory_end(&st->memory, d->transid, false);
 	delivery_free(st, d);
 }
 
@@ -9596,13 +11064,10 @@ static int send_raw(struct sender *s)
 static bool random_key(char *out, size_t size)
 {
 	unsigned char octets[64];
-	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-	bool good = fd >= 0 && read(fd, octets, size / 2) == (ssize_t)(size / 2);
+	bool good = random_octets(octets, size / 2);
 
 	if (good)
 		print_hex(out, octets, size / 2);
-	if (fd >= 0)
-		close(fd);
 	return good;
 }
 
@@ -9657,7 +11122,6 @@ static int send_main(void)
 /* ==== 13 listen ========================================================== */
 
 enum {
-	GROUP_MAX = 1024,               /* messages on their way to the disk, at most */
 	OVERFLOW_MAX = 64,              /* connections that are told 421 */
 	DESCRIPTORS = 64,               /* for all else */
 	LINGER_MS = 2000, LINGER_OCTETS = 64 << 20,
@@ -9864,23 +11328,26 @@ static bool is_open(const struct session *s)
 /* Where the message is now, or "" where it is nowhere. */
 static void name_stored(const struct store *st, const struct delivery *d, char *path, size_t size)
 {
-	if (st->row->publish != NULL)
+	bool files = st->row->layout == LAYOUT_FILES, appended = st->row->layout == LAYOUT_APPENDED;
+
+	path[0] = '\0';
+	if (d->answer == BSMTP_ANSWER_DUPLICATE)
+		return;                 /* nobody remembers where */
+	if (files)
 		snprintf(path, size, "%s/%s%s", st->path, st->new_dir != st->dir ? "new/" : "", d->name);
-	else
-		snprintf(path, size, "%s", st->row->commit == commit_appended ? st->path : "");
+	else if (appended)
+		snprintf(path, size, "%s", st->path);
 }
 
 static void report_stored(struct session *s, struct delivery *d)
 {
 	struct listener *l = s->listener;
+	const struct list *to = d->to.count > 0 ? &d->to : &d->known;
 	char path[PATH_MAX];
 
 	if (!options.json)
 		return;
-	if (d->answer == BSMTP_ANSWER_DUPLICATE)
-		path[0] = '\0';         /* nobody remembers where */
-	else
-		name_stored(&l->store, d, path, sizeof path);
+	name_stored(&l->store, d, path, sizeof path);
 	json_begin(stdout, "message", l->start_us);
 	printf(",\"n\":%llu", (unsigned long long)l->stored);
 	json_key(stdout, "peer", slice_of(d->peer));
@@ -9889,9 +11356,9 @@ static void report_stored(struct session *s, struct delivery *d)
 	json_key(stdout, "helo", slice_of(d->helo));
 	json_key(stdout, "from", slice_of(d->from));
 	fputs(",\"to\":[", stdout);
-	for (size_t i = 0; i < d->to.count; i++) {
+	for (size_t i = 0; i < to->count; i++) {
 		fputs(i > 0 ? "," : "", stdout);
-		json_string(stdout, slice_of(d->to.items[i]));
+		json_string(stdout, slice_of(to->items[i]));
 	}
 	printf("],\"octets\":%llu", (unsigned long long)d->octets);
 	json_text_or_null(stdout, "transid", d->transid);
@@ -9903,37 +11370,38 @@ static void report_stored(struct session *s, struct delivery *d)
 	fputs("}\n", stdout);
 }
 
-/* What the sender is told: of a failed store by errno, of a command by sysexits. */
+/* What the sender is told: of a failed store by errno. */
 static enum bsmtp_answer answer_for(const struct delivery *d)
 {
 	if (d->error == ENOSPC || d->error == EDQUOT || d->error == EFBIG)
 		return BSMTP_ANSWER_NO_SPACE;
-	if (d->error != 0 || d->verdict == EX_TEMPFAIL)
-		return BSMTP_ANSWER_STORE_FAILED;
-	return d->verdict == 0 ? BSMTP_ANSWER_STORED : BSMTP_ANSWER_NOT_TAKEN;
+	return d->error != 0 ? BSMTP_ANSWER_STORE_FAILED : d->answer;
 }
 
-/* The committer, or the store that needs none, is done with a message. */
+/* The store is done with a message, or never had to do with it. */
 static void delivered(struct delivery *d)
 {
 	struct session *s = d->session;
 	struct listener *l = s->listener;
 	enum bsmtp_answer answer = answer_for(d);
 
-	if (d->transid != NULL)
-		memory_end(&l->store.memory, d->transid, answer == BSMTP_ANSWER_STORED);
 	if (answer == BSMTP_ANSWER_STORED) {
 		l->stored++;
 		s->messages++;
 		s->octets += d->octets;
-		report_stored(s, d);
+		if (d->transid != NULL && l->store.journal.path[0] == '\0')
+			ids_add_all(&l->store.ids, d, (int64_t)time(NULL));
 	} else if (d->error != 0 && d->error != l->last_error) {
 		diag("%s: %s", l->store.path, strerror(d->error));
 	}
 	l->last_error = d->error;
+	if (answer == BSMTP_ANSWER_STORED || answer == BSMTP_ANSWER_DUPLICATE)
+		report_stored(s, d);
 	if (is_open(s))
 		bsmtp_server_settle(&s->server, d->ticket, answer);
 	delivery_free(&l->store, d);
+	if (s->current != NULL && s->current->waits)
+		ids_claim(&l->store.ids, s->current);
 }
 
 /* With --count, MAIL is refused as soon as the last message wanted is whole,
@@ -9944,38 +11412,29 @@ static void enough(struct listener *l)
 	    (options.count > 0 && l->stored + l->pending >= options.count);
 }
 
-/* Its TRANSID is known: what was sent is not stored, again or yet. */
-static void already_known(struct delivery *d)
-{
-	struct session *s = d->session;
-
-	if (d->answer == BSMTP_ANSWER_DUPLICATE)
-		report_stored(s, d);
-	bsmtp_server_settle(&s->server, d->ticket, d->answer);
-	free(d->transid);               /* another's, who settles it */
-	d->transid = NULL;
-	delivery_free(&s->listener->store, d);
-}
-
-static void message_whole(struct session *s, uint64_t ticket)
+/* A message is whole; one that every recipient has already had no text. */
+static void message_whole(struct session *s, const struct bsmtp_server_event *e)
 {
 	struct delivery *d = s->current;
 	struct listener *l = s->listener;
 
 	s->current = NULL;
-	d->ticket = ticket;
-	if (d->answer != BSMTP_ANSWER_STORED) {
-		already_known(d);
-		return;
-	}
-	if (!delivery_end(&l->store, d)) {
+	d->ticket = e->ticket;
+	if (d->to.count == 0)
+		d->octets = e->number;
+	if (d->to.count == 0 && d->answer == BSMTP_ANSWER_STORED)
+		d->answer = BSMTP_ANSWER_DUPLICATE;
+	if (!is_due(d) || !delivery_end(&l->store, d)) {
 		delivered(d);
 		enough(l);
 		return;
 	}
 	s->pending++;
 	l->pending++;
-	worker_give(&l->committer, &d->job);
+	if (l->store.row->layout == LAYOUT_COMMAND)
+		pool_give(&l->store.pool, d);
+	else
+		worker_give(&l->committer, &d->job);
 	enough(l);
 }
 
@@ -9994,9 +11453,33 @@ static void message_begin(struct session *s, const struct bsmtp_server_event *e)
 	d->utf8 = e->utf8;
 	if (e->transid.len > 0) {
 		d->transid = copy_slice(e->transid);
-		d->answer = memory_begin(&s->listener->store.memory, d->transid);
+		d->id = ids_name(&s->listener->store.ids, e->transid, slice("", 0));
+		ids_claim(&s->listener->store.ids, d);
 	}
 	s->current = d;
+}
+
+/* The engine asks about a recipient. */
+static enum bsmtp_answer judge_recipient(void *context, struct bsmtp_slice mailbox)
+{
+	struct session *s = context;
+	struct store *st = &s->listener->store;
+	const struct delivery *d = s->current;
+
+	if (d != NULL && d->transid != NULL && ids_has(&st->ids, slice_of(d->transid), mailbox))
+		return BSMTP_ANSWER_DUPLICATE;
+	/* A command would take it for an option; our own relay says where options end. */
+	if (st->row->layout == LAYOUT_COMMAND && options.called == NULL && mailbox.len > 0 && mailbox.at[0] == '-')
+		return BSMTP_ANSWER_DASH;
+	return BSMTP_ANSWER_STORED;
+}
+
+static void message_rcpt(struct delivery *d, const struct bsmtp_server_event *e)
+{
+	if (!e->known)
+		list_add(&d->to, e->text);
+	else if (d->known.count < options.max_recipients && !list_has(&d->known, e->text))
+		list_add(&d->known, e->text);
 }
 
 /* ---- sessions: the peer's side ---- */
@@ -10051,6 +11534,7 @@ static void session_begin(struct session *s, unsigned more)
 	bsmtp_server_init(&s->server, &s->listener->config, peer_flags(s) | BSMTP_PEER_TLS | more,
 	    s->few, COUNT(s->few));
 	s->server.tap_context = &s->trace;
+	s->server.judge_context = s;
 	s->trace.tls = s->begun = true;
 }
 
@@ -10107,8 +11591,8 @@ static void session_shake(struct session *s)
 static void session_accept_tls(struct session *s, struct bsmtp_slice held)
 {
 	/* A certificate comes after ALPN: where one is asked for, it is judged first. */
-	bool may = s->listed && options.client_ca == NULL &&
-	    s->listener->config.opening == BSMTP_OPENING_ACCEPT;
+	bool may = s->listed && options.client_ca == NULL && s->listener->config.opening == BSMTP_OPENING_ACCEPT &&
+	    (s->listener->config.keywords & BSMTP_KEY_BSMTP) != 0;
 
 	s->shaking = true;
 	if (link_accept_tls(&s->link, s->listener->tls, held, may))
@@ -10222,7 +11706,7 @@ static void on_server_event(struct session *s, struct bsmtp_server_event *e)
 		message_begin(s, e);
 		break;
 	case BSMTP_SERVER_RCPT:
-		list_add(&s->current->to, e->text);
+		message_rcpt(s->current, e);
 		break;
 	case BSMTP_SERVER_TEXT:
 		if (s->current->answer == BSMTP_ANSWER_STORED)
@@ -10231,7 +11715,7 @@ static void on_server_event(struct session *s, struct bsmtp_server_event *e)
 			s->current->octets += e->text.len;
 		break;
 	case BSMTP_SERVER_MESSAGE:
-		message_whole(s, e->ticket);
+		message_whole(s, e);
 		break;
 	case BSMTP_SERVER_ABORT:
 		delivery_forget(&l->store, s->current);
@@ -10256,7 +11740,7 @@ static void on_server_event(struct session *s, struct bsmtp_server_event *e)
 static bool may_work(const struct session *s)
 {
 	return is_open(s) && !s->ending && !s->securing && (!s->shaking || s->begun) && s->resume_us == 0 &&
-	    s->claim == NULL && s->verdict_us == 0 &&
+	    s->claim == NULL && s->verdict_us == 0 && (s->current == NULL || !s->current->waits) &&
 	    s->listener->pending < s->listener->group_max && (options.cut_messages == 0 ||
 	    s->messages + s->pending < options.cut_messages);
 }
@@ -10519,6 +12003,7 @@ static void session_new(struct listener *l, struct link link, const struct socka
 	s->syn_data = !options.tls && link_had_syn_data(&link);
 	bsmtp_server_init(&s->server, &l->config, peer_flags(s), s->few, COUNT(s->few));
 	s->server.tap_context = &s->trace;
+	s->server.judge_context = s;
 	if (l->session_count >= options.max_connections || (options.max_per_peer > 0 &&
 	    sessions_of(l, s->host) >= options.max_per_peer)) {
 		bsmtp_server_stop(&s->server, BSMTP_ANSWER_BUSY, &e);
@@ -10574,8 +12059,8 @@ static void session_on_stdio(struct listener *l)
 		l->stdio_flags[fd] = fcntl(fd, F_GETFL);
 		(void)set_flags(fd);
 	}
-	session_new(l, (struct link){ dup(STDIN_FILENO), dup(STDOUT_FILENO), NULL },
-	    (struct sockaddr *)(void *)&peer, len);
+	session_new(l, (struct link){ fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 3),
+	    fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3), NULL }, (struct sockaddr *)(void *)&peer, len);
 }
 
 /* Whoever shares them with us, a terminal's shell say, wants them as they were. */
@@ -10922,12 +12407,12 @@ static void reap(struct listener *l)
 	}
 }
 
-static void take_committed(struct listener *l)
+/* The committer, or a command, is done with these. */
+static void take_done(struct listener *l, struct job *job)
 {
-	struct job *job = worker_take(&l->committer), *next;
 	int64_t now = now_us();
 
-	for (; job != NULL; job = next) {
+	for (struct job *next; job != NULL; job = next) {
 		struct delivery *d = (struct delivery *)(void *)job;
 		next = job->next;
 		if (we_are_at_work(d->session))         /* until now */
@@ -10935,6 +12420,25 @@ static void take_committed(struct listener *l)
 		d->session->pending--;
 		l->pending--;
 		delivered(d);
+	}
+}
+
+static void take_committed(struct listener *l)
+{
+	take_done(l, worker_take(&l->committer));
+}
+
+/* Commands that have ended; what they have taken is noted first, where ids are kept. */
+static void take_commands(struct listener *l)
+{
+	for (struct job *job = pool_take(&l->store.pool), *next; job != NULL; job = next) {
+		struct delivery *d = (struct delivery *)(void *)job;
+		next = job->next;
+		job->next = NULL;
+		if (is_due(d) && d->transid != NULL)
+			worker_give(&l->committer, job);
+		else
+			take_done(l, job);
 	}
 }
 
@@ -10985,6 +12489,7 @@ static void wait_for_events(struct listener *l)
 		alarm = deadline_us(l);
 	if (l->accept_failed && now + 100000 < alarm)
 		alarm = now + 100000;
+	alarm = pool_alarm(&l->store.pool, alarm);
 	if (poll(p, (nfds_t)n, alarm <= now ? 0 : (int)((alarm - now + 999) / 1000)) < 0)
 		for (size_t i = 0; i < n; i++)
 			p[i].revents = 0;
@@ -11017,6 +12522,8 @@ static void on_stop_signals(struct listener *l)
 	ssize_t n = read(l->signal_pipe[0], octets, sizeof octets);
 
 	for (ssize_t i = 0; i < n; i++) {
+		if (octets[i] == SIGCHLD)
+			continue;               /* take_commands() looks */
 		if (octets[i] == SIGHUP) {
 			reload(l);
 			continue;
@@ -11036,6 +12543,7 @@ static void one_round(struct listener *l)
 
 	wait_for_events(l);
 	take_committed(l);
+	take_commands(l);
 	take_verdicts(l);
 	for (struct session *s = l->sessions; s != NULL; s = s->next) {
 		int got = is_open(s) ? l->polls[s->poll_at].revents : 0;
@@ -11051,6 +12559,7 @@ static void one_round(struct listener *l)
 	for (struct session *s = l->sessions; s != NULL; s = s->next)
 		if (is_open(s))
 			session_serve(s, now);
+	pool_start(&l->store);
 	for (size_t i = 0; i < sockets; i++)
 		if (l->polls[3 + i].revents & POLLIN)
 			accept_all(l, l->sockets[i]);
@@ -11147,8 +12656,11 @@ static bool catch_signals(struct listener *l)
 	signal_fd = l->signal_pipe[1];
 	act.sa_handler = on_signal;
 	act.sa_flags = SA_RESTART;      /* half a line of JSON would be lost */
-	return sigaction(SIGTERM, &act, NULL) == 0 && sigaction(SIGINT, &act, NULL) == 0 &&
-	    ((l->tls == NULL && options.users == NULL) || sigaction(SIGHUP, &act, NULL) == 0);
+	if (sigaction(SIGTERM, &act, NULL) != 0 || sigaction(SIGINT, &act, NULL) != 0 ||
+	    ((l->tls != NULL || options.users != NULL) && sigaction(SIGHUP, &act, NULL) != 0))
+		return false;
+	act.sa_flags = SA_RESTART | SA_NOCLDSTOP;
+	return options.store != STORE_EXEC || sigaction(SIGCHLD, &act, NULL) == 0;
 }
 
 static void listener_free(struct listener *l)
@@ -11156,6 +12668,7 @@ static void listener_free(struct listener *l)
 	while (l->sessions != NULL) {
 		for (struct session *s = l->sessions; s != NULL; s = s->next)
 			session_gone(s);
+		take_done(l, pool_stop(&l->store.pool));
 		take_committed(l);
 		reap(l);
 		if (l->sessions != NULL)
@@ -11187,6 +12700,14 @@ static int prepare_tls(struct listener *l)
 	return EX_OK;
 }
 
+/* Whoever lists BSMTP remembers ids: a command has no place for them unless it is told. */
+static unsigned kept_keywords(void)
+{
+	bool kept = options.store != STORE_EXEC || options.transids != NULL;
+
+	return options.keywords & ~(kept ? 0u : (unsigned)BSMTP_KEY_BSMTP);
+}
+
 static int listen_main(void)
 {
 	struct listener *l = grow(NULL, sizeof *l);
@@ -11194,12 +12715,12 @@ static int listen_main(void)
 
 	memset(l, 0, sizeof *l);
 	l->start_us = now_us();
-	l->store.dir = l->store.new_dir = l->store.tmp_dir = l->store.memory.log = -1;
+	store_init(&l->store);
 	l->config = (struct bsmtp_server_config){
 		.hostname = options.hostname != NULL ? options.hostname : host_name(),
 		.max_size = options.max_size,
 		.max_recipients = (unsigned)options.max_recipients,
-		.keywords = options.keywords,
+		.keywords = kept_keywords(),
 		.opening = (enum bsmtp_opening)options.opening,
 		.no_smtp = options.no_smtp,
 		.starttls = options.starttls,
@@ -11208,6 +12729,7 @@ static int listen_main(void)
 		.normalize = options.normalize,
 		.faults = options.faults,
 		.fault_count = options.fault_count,
+		.judge = judge_recipient,
 		.tap = options.trace ? trace_tap : NULL,
 	};
 	raise_limits(l);
@@ -11630,6 +13152,7 @@ static const struct option_row option_rows[] = {
 	{ LISTEN, 0, "batch", "FILE", "append to a batch (RFC 2442)", parse_batch, NULL },
 	{ LISTEN, 0, "exec", "CMD", "run CMD for each message", parse_exec, NULL },
 	{ LISTEN, 0, "discard", NULL, "store nothing", parse_discard, NULL },
+	{ LISTEN, 0, "transids", "FILE", "with --exec: keep ids there", parse_text, &options.transids },
 	{ LISTEN, 0, "allow", "CIDR", "who may speak; repeatable (loopback)", parse_cidr, NULL },
 	{ LISTEN, 0, "client-ca", "FILE", "who has a certificate of these authorities may speak", parse_text, &options.client_ca },
 	{ LISTEN, 0, "users", "FILE", "accounts, made by bsmtp passwd; MAIL needs one then", parse_text, &options.users },
@@ -11847,6 +13370,10 @@ static int check_listen(void)
 {
 	if (options.stdio && (options.operands.count > 0 || options.json)) {
 		diag("--stdio: standard input and output are the session: no address, no --json");
+		return EX_USAGE;
+	}
+	if (options.transids != NULL && options.store != STORE_EXEC) {
+		diag("--transids: it goes with --exec; the other stores have a place of their own");
 		return EX_USAGE;
 	}
 	return check_tls();
@@ -12226,6 +13753,7 @@ static void free_options(void)
 	free(options.allow);
 	free(options.hostname);
 	free(options.address_file);
+	free(options.transids);
 	free(options.faults);
 	list_free(&options.rules);
 }
@@ -12269,13 +13797,29 @@ static int read_arguments(int argc, char **argv, enum program *which)
 	return read_options(*which, argc - 1, argv + 1);
 }
 
+/* What a caller may have left otherwise: descriptors 0 to 2 that are closed, so that the
+ * next file or socket would be one of them; children whose status nobody is told;
+ * signals that are blocked. */
+static bool set_right(void)
+{
+	sigset_t none;
+
+	for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+		if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd)
+			return false;
+	sigemptyset(&none);
+	return sigprocmask(SIG_SETMASK, &none, NULL) == 0 && signal(SIGCHLD, SIG_DFL) != SIG_ERR &&
+	    signal(SIGPIPE, SIG_IGN) != SIG_ERR;
+}
+
 int main(int argc, char **argv)
 {
 	static char transcript[4096];
 	enum program which = SEND;
 	int status;
 
-	(void)signal(SIGPIPE, SIG_IGN);
+	if (!set_right())
+		return EX_OSERR;
 	set_defaults();
 	status = read_arguments(argc, argv, &which);
 	/* One write a line, and not one for each piece of it: ten times as fast. */

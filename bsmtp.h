@@ -651,7 +651,8 @@ enum bsmtp_server_event_type {
 	                         * it has the message already */
 	BSMTP_SERVER_TEXT,      /* `text` is the next part of the body */
 	BSMTP_SERVER_MESSAGE,   /* the message is whole: store it, then
-	                         * bsmtp_server_settle() with `ticket`.  Where every
+	                         * bsmtp_server_settle() with `ticket`; `number`: the
+	                         * octets of its body.  Where every
 	                         * recipient is known there was no TEXT, and nothing
 	                         * is to be stored: BSMTP_ANSWER_DUPLICATE */
 	BSMTP_SERVER_ABORT,     /* there will be no message: forget what there is */

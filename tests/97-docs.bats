@@ -582,7 +582,7 @@ a@example.org b@example.net 4'
 	sed 's/$/\r/' m | cmp - eml/000001.eml
 	sed -n '/^From: a/,/^Text/p' mbox | sed 's/^>>From/>From/' | cmp - m
 	sed -n '/^From: a/,$p' exec | cmp - m
-	[ -e mbox.tail ] && [ -e batch.tail ]
+	[ -e mbox.journal ] && [ -e batch.journal ]
 	grep -qx 'BSMTP_SENDER=a@example.org' env
 	assert_equal "$(grep -A 1 '^BSMTP_RECIPIENTS=' env | xargs)" 'BSMTP_RECIPIENTS=b@example.net c@example.net'
 }
