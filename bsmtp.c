@@ -3053,8 +3053,10 @@ static size_t body_text(struct bsmtp_server *s, const char *in, size_t len,
 	uint64_t left = s->config->max_size > s->size ? s->config->max_size - s->size : 0;
 	size_t used;
 
-	if (is_duplicate(s))
+	if (is_duplicate(s)) {
+		s->size += len;
 		return len;
+	}
 	if (left == 0 && len > 0)
 		condemn(s, ANSWER_TOO_BIG, 0);
 	else if (left < len)            /* give what fits, wherever the input is cut */
@@ -8214,19 +8216,39 @@ static bool has_octets(const struct append *a, off_t at, off_t end, struct diges
 
 /* ---- settling an appended group ---- */
 
-/* Whether what stands there begins as the message does: as much of it as there is, or
- * nothing but NULs, which a power failure puts in place of a block. */
-static bool begins_alike(const struct append *a, off_t at, const struct part *p)
+/* Whether a whole sector of it is NULs: a power failure has taken a block. */
+static bool has_lost_block(const struct append *a, off_t at, off_t end)
+{
+	enum { SECTOR = 512 };
+	static const char nuls[SECTOR];
+	char octets[SECTOR];
+
+	for (at = (at + SECTOR - 1) / SECTOR * SECTOR; at + SECTOR <= end; at += SECTOR)
+		if (get_at(a->fd, octets, sizeof octets, at) == (ssize_t)sizeof octets &&
+		    memcmp(octets, nuls, sizeof octets) == 0)
+			return true;
+	return false;
+}
+
+/* Whether what stands in [at, end) is the beginning of the message, but for line ends that
+ * another program put after it; or nothing but NULs, which a power failure puts in place
+ * of a block. */
+static bool begins_alike(const struct append *a, off_t at, off_t end, const struct part *p)
 {
 	char octets[HEAD_KEPT], hex[2 * HEAD_KEPT + 1];
 	size_t most = min_size(strlen(p->head) / 2, sizeof octets), n = 0;
-	ssize_t got = get_at(a->fd, octets, most, at);
+	ssize_t got;
 
+	for (int lead = 0; lead < 2 && end > at; lead++, end--)
+		if (get_at(a->fd, octets, 1, end - 1) != 1 || octets[0] != '\n')
+			break;
+	got = get_at(a->fd, octets, (size_t)min_off((off_t)most, end - at), at);
 	if (got <= 0)
 		return false;
 	print_hex(hex, (const unsigned char *)octets, (size_t)got);
 	if (strncmp(hex, p->head, 2 * (size_t)got) == 0)
-		return true;
+		return end - at < (off_t)p->head_len || has_lost_block(a, at, end) ||
+		    has_octets(a, at, at + (off_t)p->head_len, p->head_digest);
 	while (n < (size_t)got && octets[n] == '\0')
 		n++;
 	return n == (size_t)got;
@@ -8281,20 +8303,6 @@ static off_t next_foreign(const struct store *st, const struct append *a, off_t 
 	return st->row->from_lines ? next_from_line(a, at, end, glued) : next_transaction(a, at, end);
 }
 
-/* Whether a whole sector of it is NULs: a power failure has taken a block. */
-static bool has_lost_block(const struct append *a, off_t at, off_t end)
-{
-	enum { SECTOR = 512 };
-	static const char nuls[SECTOR];
-	char octets[SECTOR];
-
-	for (at = (at + SECTOR - 1) / SECTOR * SECTOR; at + SECTOR <= end; at += SECTOR)
-		if (get_at(a->fd, octets, sizeof octets, at) == (ssize_t)sizeof octets &&
-		    memcmp(octets, nuls, sizeof octets) == 0)
-			return true;
-	return false;
-}
-
 /* Writes over [at, end) what means nothing: blank lines, in a batch after a NOOP where
  * their number is odd. */
 static int blank_out(const struct store *st, const struct append *a, off_t at, off_t end)
@@ -8331,17 +8339,19 @@ static off_t next_whole(const struct append *a, const struct group *g, size_t i)
 static off_t torn_end(const struct store *st, const struct append *a, const struct group *g, size_t i)
 {
 	const struct part *p = &g->parts[i];
-	off_t start = part_start(g, i), head = start + (off_t)p->head_len, next;
+	off_t start = part_start(g, i), limit, end;
 
-	if (start >= a->size || !begins_alike(a, start, p))
+	if (start >= a->size)
 		return start;
-	next = next_foreign(st, a, start + 1, next_whole(a, g, i), false);
-	if (next >= p->end)
-		return has_lost_block(a, start, p->end) ? p->end : start;
-	next = next_foreign(st, a, start + 1, next, true);
-	if (next >= head && !has_octets(a, start, head, p->head_digest) && !has_lost_block(a, start, next))
+	limit = next_whole(a, g, i);
+	end = next_foreign(st, a, start + 1, min_off(limit, p->end - 1), false);
+	if (end < min_off(limit, p->end - 1) || limit < p->end)
+		end = next_foreign(st, a, start + 1, end, true);
+	else if (has_lost_block(a, start, p->end))
+		end = p->end;
+	else
 		return start;
-	return next;
+	return end > start && begins_alike(a, start, end, p) ? end : start;
 }
 
 /* Takes away what a killed listener left of a message: nobody else's octets are touched. */
@@ -8844,11 +8854,11 @@ static struct job *pool_stop(struct pool *p)
 	p->queue = NULL;
 	p->queue_end = &p->queue;
 	for (struct job *job = done; job != NULL; job = job->next)
-		((struct delivery *)(void *)job)->error = EINTR;
+		((struct delivery *)(void *)job)->answer = BSMTP_ANSWER_STOPPING;
 	while (p->count > 0) {
 		struct command *c = &p->running[--p->count];
 		command_kill(c);
-		c->delivery->error = EINTR;
+		c->delivery->answer = BSMTP_ANSWER_STOPPING;
 		c->delivery->job.next = done;
 		done = &c->delivery->job;
 	}

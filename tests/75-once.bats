@@ -63,6 +63,155 @@ count_subjects() {
 	done
 }
 
+# --- An id is of a message and each of its recipients
+
+# One message to r1 ... rN, with an id.
+make_letter() {
+	make_message | "$BSMTP" send --transid --to "$(seq -f 'r%.0f@example.net' -s , 1 "$1")" -o batch
+}
+# who_has: each recipient of what is stored, sorted, a line for each time.
+who_has() {
+	case $store in
+	maildir) cat in/new/* ;;
+	eml) jq -r '"Delivered-To: " + .to[]' in/*.json ;;
+	mbox) cat in ;;
+	batch) sed -n 's/^RCPT TO:<\(.*\)>.*/Delivered-To: \1/p' in ;;
+	esac | sed -n 's/^Delivered-To: //p' | tr -d '\r' | sort
+}
+# all_have N: r1 to rN have it, and once.
+all_have() { seq -f 'r%.0f@example.net' 1 "$1" | sort | diff - <(who_has); }
+
+@test "a recipient that was put off gets the message at the retry, and no other gets it again" {
+	for store in maildir eml mbox batch; do
+		for rule in 'RCPT#2=450 4.2.1 later' 'RCPT#1=452 4.5.3 too many' 'RCPT#3=421 4.3.2 stop'; do
+			make_letter 3
+			may_complain=1
+			start_listener "--$store" in --reply "$rule"
+			run -75 send batch
+			send --json batch >sent.json
+			assert_equal "$(summary delivered)" 1
+			send batch
+			stop_listener
+			all_have 3
+			rm -rf in in.*
+		done
+	done
+}
+
+@test "the loop of the manual: until it has arrived, each recipient once" {
+	store=mbox
+	make_letter 9
+	start_listener --mbox in --reply 'RCPT#2=450 4.2.1 later' --reply 'RCPT#7=450 4.2.1 later' \
+		--reply 'RCPT#11=451 4.3.0 later' --reply 'BODY#2=451 4.3.0 later'
+	rounds=0
+	until send batch 2>/dev/null; do
+		rounds=$((rounds + 1))
+		[ $rounds -lt 20 ]
+	done
+	all_have 9
+}
+
+@test "a message that is split for RCPTMAX reaches every recipient in one run" {
+	make_letter 5
+	for how in '--mode bsmtp' '--mode bsmtp --framing data' '--mode lockstep' '--mode pipelining' \
+		'--mode pipelining --framing data' '--mode early'; do
+		for store in maildir batch; do
+			start_listener "--$store" in --max-recipients 2
+			# shellcheck disable=SC2086 # words
+			send $how batch
+			# shellcheck disable=SC2086 # words
+			send $how batch
+			stop_listener
+			all_have 5
+			rm -rf in in.*
+		done
+	done
+}
+
+@test "the same transaction twice in one stream is stored once" {
+	make_letter 2
+	for store in maildir eml mbox batch; do
+		start_listener "--$store" in
+		send --json batch batch batch >sent.json
+		assert_equal "$(summary delivered)" 3
+		stop_listener
+		all_have 2
+		rm -rf in in.*
+	done
+}
+
+@test "what is known is taken again, whatever would be said of it now" {
+	printf 'Subject: x\n\n%0100d\n' 0 >m
+	store=maildir
+	"$BSMTP" send --transid --to r1@example.net,r2@example.net -o batch m
+	start_listener --maildir in
+	send batch
+	stop_listener
+	for now in '--max-size 10' '--max-recipients 1' '--reply RCPT=550_5.1.1_gone' '--reply BODY=554_5.6.0_no' \
+		'--reply RCPT#2=450_4.2.1_later'; do
+		start_listener --json --maildir in ${now%% *} "$(tr _ ' ' <<<"${now#* }")"
+		send --json batch >sent.json
+		assert_equal "$(jq -r 'select(.event == "message").reply.text' sent.json | sort -u)" \
+			'duplicate, already stored'
+		stop_listener
+		assert_equal "$(jq -r 'select(.event == "message" and .duplicate and .octets > 100).to[]' listener.out |
+			paste -sd,)" r1@example.net,r2@example.net
+	done
+	all_have 2
+}
+
+@test "for who is new a known message is judged, and stored" {
+	make_letter 2
+	store=maildir
+	start_listener --maildir in --json
+	send batch
+	sed -i 's/<r2@/<r3@/' batch
+	send batch
+	stop_listener
+	all_have 3
+	assert_equal "$(jq -c 'select(.event == "message").to' listener.out)" '["r1@example.net","r2@example.net"]
+["r3@example.net"]'
+	start_listener --maildir in --max-size 10
+	sed -i 's/<r3@/<r4@/' batch
+	run -69 send batch
+	assert_output --partial '552 5.3.4'
+	all_have 3
+}
+
+@test "a domain is the same in any case, a local part is not" {
+	make_letter 1
+	store=maildir
+	start_listener --maildir in
+	send batch
+	sed -i 's/<r1@example.net>/<r1@EXAMPLE.Net>/' batch
+	send batch
+	assert_equal "$(stored)" 1
+	sed -i 's/<r1@/<R1@/' batch
+	send batch
+	assert_equal "$(stored)" 2
+}
+
+@test "the journal is written anew while the listener runs, and forgets what is too old" {
+	long=$(printf '%060d' 0)
+	seq -f "%.0f.$long@$long.$long.$long.example" -s , 1 20 >to
+	awk -v n=$((SCALE * 2)) 'BEGIN { for (i = 0; i < n; i++) print "From a Mon Nov 23 12:00:00 2026\nSubject: x\n\n" }' >box
+	start_listener --maildir in --remember 1s --max-recipients 20
+	later() { [ "$(date +%s)" -gt $((now + 2)) ]; }
+	for _ in 1 2 3 4 5; do
+		"$BSMTP" send --from a@x.example --to "$(cat to)" --transid -o batch box
+		send batch
+		now=$(date +%s)
+		await later
+	done
+	each=$((SCALE * 2 * 20 * 300))
+	assert [ "$(stat -c %s in/bsmtp.journal)" -lt $((2 * each + 2 * (1 << 20))) ]
+	assert [ "$(grep -c '^for\|^known' in/bsmtp.journal)" -ge $((SCALE * 2 * 20)) ]
+	stop_listener
+	start_listener --maildir in
+	send batch
+	assert_equal "$(stored)" $((SCALE * 10))
+}
+
 @test "with --discard what comes again in the same run is known" {
 	make_batch 1
 	start_listener --json --discard

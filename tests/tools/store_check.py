@@ -132,7 +132,7 @@ def traced_maildir(path):
 
 
 def read_eml(path):
-    names = {name for name in os.listdir(path)}
+    names = set(os.listdir(path)) - {"bsmtp.journal"}
     for name, octets in read_files(path + "/*.eml"):
         assert re.fullmatch(rb"(?:[^\r\n]*\r\n)*", octets), name
         with open(name[:-3] + "json", encoding="utf-8") as f:
