@@ -6346,8 +6346,10 @@ enum { CLAIMS = 256 };
 struct ids {
 	pthread_mutex_t lock;
 	struct digest key;      /* nobody outside knows it: the table cannot be flooded */
-	struct pair *pairs;
-	size_t room, count;     /* room: a power of two, or 0 */
+	struct pairs {
+		struct pair *at;
+		size_t room, count;     /* room: a power of two, or 0 */
+	} pairs;
 	struct delivery *claims[CLAIMS];        /* messages under way that have an id */
 };
 
@@ -6669,7 +6671,7 @@ static int ids_open(struct ids *ids)
 
 static void ids_close(struct ids *ids)
 {
-	free(ids->pairs);
+	free(ids->pairs.at);
 	pthread_mutex_destroy(&ids->lock);
 }
 
@@ -6697,36 +6699,32 @@ static bool is_forgotten(const struct pair *p, int64_t now)
 }
 
 /* Where the pair stands, or the free place that it would take. */
-static struct pair *ids_place(const struct ids *ids, struct digest name)
+static struct pair *pairs_place(const struct pairs *p, struct digest name)
 {
-	size_t i = (size_t)name.a & (ids->room - 1);
+	size_t i = (size_t)name.a & (p->room - 1);
 
-	while (ids->pairs[i].seconds != 0 && !same_digest(ids->pairs[i].name, name))
-		i = (i + 1) & (ids->room - 1);
-	return &ids->pairs[i];
+	while (p->at[i].seconds != 0 && !same_digest(p->at[i].name, name))
+		i = (i + 1) & (p->room - 1);
+	return &p->at[i];
 }
 
-/* Drops what is forgotten; gives room for twice of what is left. */
-static void ids_grow(struct ids *ids)
+/* Drops what is forgotten, and gives room for twice of what is left. */
+static void pairs_grow(struct pairs *p)
 {
-	struct ids wide = *ids;
+	struct pairs wide = { NULL, 256, 0 };
 	int64_t now = (int64_t)time(NULL);
-	size_t live = 0;
 
-	for (size_t i = 0; i < ids->room; i++)
-		live += ids->pairs[i].seconds != 0 && !is_forgotten(&ids->pairs[i], now);
-	for (wide.room = 256; wide.room < 4 * (live + 1);)
+	for (size_t i = 0; i < p->room; i++)
+		wide.count += p->at[i].seconds != 0 && !is_forgotten(&p->at[i], now);
+	while (wide.room < 4 * (wide.count + 1))
 		wide.room *= 2;
-	wide.count = live;
-	wide.pairs = grow(NULL, wide.room * sizeof *wide.pairs);
-	memset(wide.pairs, 0, wide.room * sizeof *wide.pairs);
-	for (size_t i = 0; i < ids->room; i++)
-		if (ids->pairs[i].seconds != 0 && !is_forgotten(&ids->pairs[i], now))
-			*ids_place(&wide, ids->pairs[i].name) = ids->pairs[i];
-	free(ids->pairs);
-	ids->pairs = wide.pairs;
-	ids->room = wide.room;
-	ids->count = wide.count;
+	wide.at = grow(NULL, wide.room * sizeof *wide.at);
+	memset(wide.at, 0, wide.room * sizeof *wide.at);
+	for (size_t i = 0; i < p->room; i++)
+		if (p->at[i].seconds != 0 && !is_forgotten(&p->at[i], now))
+			*pairs_place(&wide, p->at[i].name) = p->at[i];
+	free(p->at);
+	*p = wide;
 }
 
 static void ids_add(struct ids *ids, struct digest name, int64_t seconds)
@@ -6734,10 +6732,10 @@ static void ids_add(struct ids *ids, struct digest name, int64_t seconds)
 	struct pair *p;
 
 	pthread_mutex_lock(&ids->lock);
-	if (ids->count >= ids->room / 2)
-		ids_grow(ids);
-	p = ids_place(ids, name);
-	ids->count += p->seconds == 0;
+	if (ids->pairs.count >= ids->pairs.room / 2)
+		pairs_grow(&ids->pairs);
+	p = pairs_place(&ids->pairs, name);
+	ids->pairs.count += p->seconds == 0;
 	*p = (struct pair){ name, seconds };
 	pthread_mutex_unlock(&ids->lock);
 }
@@ -6750,7 +6748,7 @@ static bool ids_has(struct ids *ids, struct bsmtp_slice id, struct bsmtp_slice m
 	bool has;
 
 	pthread_mutex_lock(&ids->lock);
-	p = ids->room > 0 ? ids_place(ids, name) : NULL;
+	p = ids->pairs.room > 0 ? pairs_place(&ids->pairs, name) : NULL;
 	has = p != NULL && p->seconds != 0 && !is_forgotten(p, (int64_t)time(NULL));
 	pthread_mutex_unlock(&ids->lock);
 	return has;
@@ -8255,10 +8253,13 @@ static bool begins_alike(const struct append *a, off_t at, off_t end, const stru
 }
 
 /* Whether a From_ line that stands in the middle of a line was put there by another
- * program, which did not look what was before it: ours are marked with ">". */
+ * program, which did not look what was before it: ours stand after ">"s that begin the
+ * line. */
 static bool is_glued(const char *text, const char *from)
 {
-	return from > text && from[-1] != '\n' && from[-1] != '>';
+	while (from > text && from[-1] == '>')
+		from--;
+	return from > text && from[-1] != '\n';
 }
 
 /* Where in [at, end) the next message of another program begins, or the end; `glued`: also
@@ -8269,7 +8270,7 @@ static off_t next_from_line(const struct append *a, off_t at, off_t end, bool gl
 	char text[1 + STEP + BSMTP_FROM_LINE_MAX];
 	struct bsmtp_slice sender;
 
-	for (; at < end; at += STEP) {
+	for (; at < end; at += STEP) {          /* and the octet before */
 		ssize_t n = get_at(a->fd, text, sizeof text, at - 1);
 		const char *last = text + min_size(n > 0 ? (size_t)n : 0, 1 + STEP), *from = text;
 		while (++from < last && (from = memchr(from, 'F', (size_t)(last - from))) != NULL) {

@@ -136,6 +136,7 @@ torn() {
 	begin=$(last_begins)
 	length=$(($(stat -c %s in) - begin))
 	truncate -s $((begin + $2)) in
+	last=$(tail -c 1 in)            # nothing, where that is a line's end
 }
 foreign() {
 	/usr/bin/python3 - "$@" <<-'END'
@@ -158,14 +159,15 @@ foreign_is_there() {
 	store=mbox
 	may_complain=1
 	make_batch 3 100
-	for octets in 1 10 63 64 100 200 400 3000; do
+	# 71: after the ">" of Return-Path
+	for octets in 1 10 63 64 71 72 100 200 400 3000; do
 		for lead in '' '\n' '\n\n'; do
 			for lines in 1 400; do
 				rm -rf in in.*
 				torn mbox $octets
 				foreign "$lead" $lines
 				# A long one, glued: what is torn may be a whole message that a reader has marked.
-				if [ -z "$lead" ] && [ "$(stat -c %s in)" -ge $((begin + length)) ]; then
+				if [ -z "$lead" ] && [ -n "$last" ] && [ "$(stat -c %s in)" -ge $((begin + length)) ]; then
 					cp in before
 					start_listener --mbox in
 					cmp before in

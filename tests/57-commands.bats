@@ -155,9 +155,6 @@ os.execv(sys.argv[1], sys.argv[1:])' "$program" "$@"; } ;;
 
 @test "one session's commands never take all places" {
 	make_message >m
-	for n in $(seq 20); do
-		make_message
-	done | awk '/^From: / { print "From a Mon Nov 23 12:00:00 2026" } { print } END { print "" }' >box
 	awk 'BEGIN { for (i = 0; i < 20; i++) print "From a Mon Nov 23 12:00:00 2026\nSubject: x\n\nx\n" }' >box
 	mkfifo pipe
 	exec 9<>pipe
@@ -165,7 +162,10 @@ os.execv(sys.argv[1], sys.argv[1:])' "$program" "$@"; } ;;
 	send --from a@example.org --to slow@example.net box 9>&- 3>&- &
 	slow=$!
 	pids+=($slow)
-	six() { [ "$(find . -name 'run.*' | wc -l)" -eq 6 ]; }
+	# The torture build has not room for more messages of a session.
+	most=6
+	[ "${BSMTP_BUILD:-}" != torture ] || most=2
+	six() { [ "$(find . -name 'run.*' | wc -l)" -eq $most ]; }
 	await six
 	timeout 20 "$BSMTP" send --server "$address" --to fast@example.net m 9>&-
 	six
