@@ -2600,7 +2600,7 @@ enum {
 	ANSWER_BAD_HELO, ANSWER_BAD_PATH, ANSWER_BAD_RCPT, ANSWER_BAD_PARAMETER, ANSWER_NO_PARAMETER,
 	ANSWER_BAD_BDAT, ANSWER_NEEDS_UTF8, ANSWER_NO_HELLO, ANSWER_NESTED, ANSWER_NO_MAIL,
 	ANSWER_TLS, ANSWER_NEEDS_TLS, ANSWER_HAS_TLS, ANSWER_AUTH, ANSWER_AUTHED, ANSWER_ASK_NAME,
-	ANSWER_ASK_PASSWORD, ANSWER_ASK, ANSWER_NO_MECHANISM, ANSWER_BAD_AUTH, ANSWER_NEEDS_AUTH, ANSWER_EARLY,
+	ANSWER_ASK_PASSWORD, ANSWER_ASK, ANSWER_NO_MECHANISM, ANSWER_BAD_AUTH, ANSWER_NEEDS_AUTH, ANSWER_EARLY, ANSWER_EARLY_AUTH,
 	ANSWER_NO_RCPT, ANSWER_TOO_MANY, ANSWER_TOO_BIG, ANSWER_BARE_NEWLINE, ANSWER_NO_SMTP,
 	ANSWERS
 };
@@ -2652,6 +2652,7 @@ static const struct {
 	[BSMTP_ANSWER_DUPLICATE] = { "250", "2.0.0 duplicate, already stored" },
 	[BSMTP_ANSWER_UNDER_WAY] = { "451", "4.3.0 the same TRANSID is under way" },
 	[ANSWER_EARLY] = { "450", "4.7.0 this may be a replay: not without TRANSID" },
+	[ANSWER_EARLY_AUTH] = { "454", "4.7.0 not in early data" },
 	[BSMTP_ANSWER_AUTH_FAILED] = { "535", "5.7.8 not accepted" },
 	[BSMTP_ANSWER_AUTH_LATER] = { "454", "4.7.0 not to be found out now" },
 	[ANSWER_TLS] = { "220", "2.0.0 ready for TLS" },
@@ -3602,6 +3603,10 @@ static void act_auth(struct bsmtp_server *s, struct call *call)
 	if (s->hello == 0 || s->authed || s->mail_ok || !(offered(s) & BSMTP_KEY_AUTH)) {
 		owe(s, !s->config->auth ? ANSWER_NOT_HERE : s->hello == 0 ? ANSWER_NO_HELLO :
 		    s->authed || s->mail_ok ? ANSWER_AUTHED : ANSWER_NEEDS_TLS, 0);
+		return;
+	}
+	if (s->flags & BSMTP_PEER_EARLY) {
+		owe(s, ANSWER_EARLY_AUTH, 0);
 		return;
 	}
 	s->auth_step = same(word, "PLAIN") ? AUTH_PLAIN : same(word, "LOGIN") ? AUTH_NAME : 0;
@@ -13397,6 +13402,10 @@ static int check_send(void)
 
 	if (options.early_data && options.tickets == NULL) {
 		diag("--early-data: it takes a ticket: give --tickets FILE too");
+		return EX_USAGE;
+	}
+	if (options.early_data && options.user != NULL) {
+		diag("--early-data: a password does not go there, for it may be repeated: no --user");
 		return EX_USAGE;
 	}
 	/* What may be repeated by others must be known when it comes again. */

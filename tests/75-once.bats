@@ -436,6 +436,8 @@ listen_too() {
 	assert_output --partial '--tls'
 	run -64 "$BSMTP" send --tls --early-data --to b@example.net /dev/null
 	assert_output --partial '--tickets'
+	run -64 "$BSMTP" send --tls --early-data --tickets t --user u --password-file p --to b@example.net /dev/null
+	assert_output --partial '--user'
 	run -64 "$BSMTP" listen --early-data
 	assert_output --partial '--tls'
 }
