@@ -373,30 +373,6 @@ a@example.org b@example.net m'
 	EOT
 }
 
-@test "bsmtp(7): no rule of the grammar is missing" {
-	blocks abnf "$TOP/man/bsmtp.7" | sed 's/;.*//; s/"[^"]*"//g; s/%x[0-9A-F.-]*//g' >rules
-	sed -n 's/^\([a-z-]*\) *=.*/\1/p' rules | sort >defined
-	assert_equal "$(uniq -d defined)" ''
-	# those of RFC 5234 and RFC 5321
-	sort -u - defined >known <<-'EOT'
-	ALPHA
-	CRLF
-	DIGIT
-	Domain
-	Forward-path
-	Mail-parameters
-	OCTET
-	Rcpt-parameters
-	Reverse-path
-	SP
-	address-literal
-	esmtp-param
-	EOT
-	grep -oE '[A-Za-z][A-Za-z-]*' rules | sort -u | LC_ALL=C sort >used
-	assert_equal "$(LC_ALL=C sort known | comm -23 used -)" ''
-	[ "$(wc -l <defined)" -ge 14 ]
-}
-
 @test "bsmtp(7): the batch is what is written, and that of BITNET is read" {
 	printf '%s\n' 'From: Alice <alice@example.org>' 'To: Bob <bob@example.net>' 'Subject: hello' '' \
 		'.a line that begins with a dot' >m
@@ -659,6 +635,6 @@ a@example.org b@example.net 4'
 @test "CHANGES.md has this version, and says what is not in it" {
 	grep -qx "## $(sed -n 's/.*BSMTP_VERSION "\(.*\)"/\1/p' "$TOP/bsmtp.h")" "$TOP/CHANGES.md"
 	grep -qx 'Specified in bsmtp(7) and not in this version: the journal.' "$TOP/CHANGES.md"
-	grep -A 2 'not implemented in this version' "$TOP/man/bsmtp.7" | grep -qx 'the journal that'
+	grep -A 1 '^implements both sides' "$TOP/man/bsmtp.7" | grep -q 'journal'
 	run -1 grep journal <(options_of send)
 }
