@@ -2511,7 +2511,7 @@ void bsmtp_client_closed(struct bsmtp_client *c, struct bsmtp_client_event *even
 	if (c->state == CLIENT_OVER || (c->state == CLIENT_MUTE && c->due_count == 0))
 		return;
 	if (opening && mode_of(c)->opening == BSMTP_VERB_BSMTP)
-		refuse(c, event, BSMTP_E_REFUSED);
+		refuse(c, event, BSMTP_E_CLOSED);
 	else
 		fail(c, event, BSMTP_E_CLOSED);
 	c->state = CLIENT_OVER;
@@ -4221,6 +4221,7 @@ struct tls {
 	char *kept;             /* client: what went so, should it have to go again */
 	size_t early_left, kept_len, kept_sent, flight_sent;
 	char why[256];          /* it failed */
+	bool cut;               /* for the connection ended, and nobody said why */
 	const char *hint;       /* what would mend it, or NULL */
 };
 
@@ -4266,13 +4267,22 @@ static void tls_fail(struct tls *t, const char *why)
 		snprintf(t->why, sizeof t->why, "%s", why);
 }
 
+/* Whether OpenSSL failed for the end of the connection: a close or a reset. */
+static bool is_cut(int error)
+{
+	return error == SSL_ERROR_SYSCALL || (error == SSL_ERROR_SSL &&
+	    ERR_GET_REASON(ERR_peek_error()) == SSL_R_UNEXPECTED_EOF_WHILE_READING);
+}
+
 /* What an attempt came to; `wants` is what to wait for before the next. */
 static ssize_t tls_result(struct tls *t, int n, short *wants, short usual)
 {
+	int error = n > 0 ? SSL_ERROR_NONE : SSL_get_error(t->ssl, n);
+
 	*wants = usual;
 	if (n > 0)
 		return n;
-	switch (SSL_get_error(t->ssl, n)) {
+	switch (error) {
 	case SSL_ERROR_WANT_READ:
 		*wants = POLLIN;
 		return LINK_AGAIN;
@@ -4285,6 +4295,7 @@ static ssize_t tls_result(struct tls *t, int n, short *wants, short usual)
 	case SSL_ERROR_SSL:
 	default:
 		t->hint = alert_hint();
+		t->cut = is_cut(error);
 		tls_fail(t, tls_error());
 		errno = EPROTO;
 		return LINK_FAILED;
@@ -4726,6 +4737,7 @@ static ssize_t link_handshake(struct link *k)
 	t->dry = n == LINK_AGAIN;
 	if (n == 0) {
 		tls_fail(t, "the peer closed");
+		t->cut = true;
 		n = LINK_FAILED;
 	}
 	t->done = n > 0;
@@ -4846,6 +4858,12 @@ static unsigned link_tls_turns(const struct link *k)
 static const char *link_tls_why(const struct link *k)
 {
 	return k->tls != NULL ? k->tls->why : "";
+}
+
+/* Whether the connection ended, and TLS failed for that alone. */
+static bool link_was_cut(const struct link *k)
+{
+	return k->tls != NULL && k->tls->cut;
 }
 
 /* Not empty: the peer does not accept our certificate. */
@@ -5098,6 +5116,7 @@ static bool link_open_gate(struct link *k, struct bsmtp_slice held) { (void)k; (
 static ssize_t link_handshake(struct link *k) { (void)k; return LINK_FAILED; }
 static unsigned link_tls_turns(const struct link *k) { (void)k; return 0; }
 static const char *link_tls_why(const struct link *k) { (void)k; return ""; }
+static bool link_was_cut(const struct link *k) { (void)k; return false; }
 static const char *link_tls_hint(const struct link *k) { (void)k; return ""; }
 static const char *link_version(const struct link *k) { (void)k; return NULL; }
 static bool link_agreed(const struct link *k) { (void)k; return false; }
@@ -8229,10 +8248,11 @@ static bool recall_peer(const struct sender *s, bool change, bool speaks)
 	return known;
 }
 
-static void forget_peer(struct sender *s, enum bsmtp_error error)
+/* The opening was refused for good, or met by a close. */
+static bool is_turned_away(const struct sender *s, enum bsmtp_error error)
 {
-	if (error == BSMTP_E_REFUSED && s->config.mode == BSMTP_MODE_BSMTP)
-		(void)recall_peer(s, true, false);
+	return s->config.mode == BSMTP_MODE_BSMTP &&
+	    (error == BSMTP_E_REFUSED || error == BSMTP_E_CLOSED);
 }
 
 /* --mode auto: a peer that is known opens with BSMTP and waits for nothing, any
@@ -8261,9 +8281,27 @@ static bool falls_back(struct sender *s)
 	return true;
 }
 
+/* The exit status of a session that ended so. */
+static int status_of(enum bsmtp_error error)
+{
+	switch (error) {
+	case BSMTP_E_REFUSED:
+		return EX_UNAVAILABLE;
+	case BSMTP_E_DEFERRED:
+	case BSMTP_E_STOPPED:
+	case BSMTP_E_CLOSED:
+		return EX_TEMPFAIL;
+	case BSMTP_E_NO_TLS:
+	case BSMTP_E_AUTH:
+		return EX_NOPERM;
+	default:
+		return EX_PROTOCOL;
+	}
+}
+
 static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 {
-	bool retry = e->error == BSMTP_E_REFUSED && s->config.mode == BSMTP_MODE_BSMTP;
+	bool away = is_turned_away(s, e->error);
 
 	if (s->on.gave_up)              /* the end is ours, and was told */
 		return;
@@ -8272,17 +8310,17 @@ static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 		worst(&s->status, EX_TEMPFAIL);
 		return;
 	}
-	forget_peer(s, e->error);
-	if (e->error == BSMTP_E_REFUSED && !e->late && falls_back(s)) {
+	if (away)
+		(void)recall_peer(s, true, false);
+	if ((away || e->error == BSMTP_E_REFUSED) && !e->late && falls_back(s)) {
 		s->on.again = true;
 		return;
 	}
-	diag_session(s, e, retry ? " (does it speak BSMTP? else try --mode pipelining)" : "");
+	diag_session(s, e, away ? " (does it speak BSMTP? else try --mode pipelining)" : "");
 	/* What a late 4yz has left undone shows in the messages' fates. */
 	if (e->error != BSMTP_E_DEFERRED || !e->late || e->verb == BSMTP_VERB_AUTH)
-		worst(&s->status, e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL :
-		    e->error == BSMTP_E_AUTH ? EX_NOPERM : EX_UNAVAILABLE);
-	s->hopeless = e->error != BSMTP_E_DEFERRED;
+		worst(&s->status, status_of(e->error));
+	s->hopeless = status_of(e->error) != EX_TEMPFAIL;
 	if (e->late && !s->on.half_closed) {
 		s->on.half_closed = true;
 		link_finish(&s->on.link);
@@ -8305,12 +8343,9 @@ static void on_error(struct sender *s, const struct bsmtp_client_event *e)
 	}
 	if (!s->on.gave_up)
 		diag_session(s, e, "");
-	s->hopeless = s->hopeless || e->error == BSMTP_E_NO_TLS || e->error == BSMTP_E_AUTH;
-	if (s->on.gave_up && s->hopeless)
-		return;
-	worst(&s->status, e->error == BSMTP_E_CLOSED || e->error == BSMTP_E_STOPPED ||
-	    e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL : e->error == BSMTP_E_NO_TLS ||
-	    e->error == BSMTP_E_AUTH ? EX_NOPERM : EX_PROTOCOL);
+	s->hopeless = s->hopeless || status_of(e->error) == EX_NOPERM;
+	if (!s->on.gave_up || !s->hopeless)
+		worst(&s->status, status_of(e->error));
 }
 
 static void on_event(struct sender *s, struct bsmtp_client_event *e)
@@ -8812,8 +8847,9 @@ static void on_time(struct sender *s)
 static void read_failed(struct sender *s, bool error)
 {
 	const char *why = link_tls_why(&s->on.link), *hint = link_tls_hint(&s->on.link);
+	bool refused = !link_was_cut(&s->on.link) && (*hint != '\0' || !bsmtp_client_offered(&s->client));
 
-	if (error && *why != '\0' && (*hint != '\0' || !bsmtp_client_offered(&s->client))) {
+	if (error && *why != '\0' && refused) {
 		diag("%s: TLS: %s%s", s->peer, why, hint);
 		worst(&s->status, EX_NOPERM);
 		s->on.gave_up = true;
@@ -8841,7 +8877,7 @@ static void no_tls(struct sender *s, int status, const char *why)
 	if (why != NULL)
 		diag("%s: TLS: %s", s->peer, why);
 	worst(&s->status, status);
-	s->hopeless = true;
+	s->hopeless = s->hopeless || status == EX_NOPERM;
 	s->on.gave_up = s->on.broken = true;
 	session_over(s);
 }
@@ -8896,7 +8932,7 @@ static int shake_hands(struct sender *s)
 			note_turnaround(s);
 		if (n == LINK_FAILED) {
 			diag_tls(&s->on.link, s->peer);
-			return EX_NOPERM;
+			return link_was_cut(&s->on.link) ? EX_TEMPFAIL : EX_NOPERM;
 		}
 		if (n != LINK_AGAIN)
 			break;

@@ -310,7 +310,7 @@ enum bsmtp_keyword {            /* service extensions, as bits */
 
 enum bsmtp_error {              /* why a session ended before its time */
 	BSMTP_OK,
-	BSMTP_E_REFUSED,        /* the opening was answered 5yz, or by a close */
+	BSMTP_E_REFUSED,        /* the opening was answered 5yz */
 	BSMTP_E_DEFERRED,       /* the opening was answered 4yz */
 	BSMTP_E_REPLY,          /* octets that are no reply */
 	BSMTP_E_REPLY_LONG,     /* a reply line, or a reply, without end */
@@ -399,8 +399,9 @@ enum bsmtp_client_event_type {
 	BSMTP_CLIENT_NONE,      /* nothing to tell */
 	BSMTP_CLIENT_GREETING,  /* the greeting came */
 	BSMTP_CLIENT_OPENED,    /* the opening was answered 2yz */
-	BSMTP_CLIENT_REFUSED,   /* it was answered otherwise: the client sends no
-	                         * more; `late`: after the stream had begun */
+	BSMTP_CLIENT_REFUSED,   /* it was answered otherwise, or that of BSMTP by a
+	                         * close: the client sends no more; `late`: after
+	                         * the stream had begun */
 	BSMTP_CLIENT_SECURE,    /* all that follows the octets used is TLS */
 	BSMTP_CLIENT_RCPT,      /* the reply to RCPT number `rcpt` of the message */
 	BSMTP_CLIENT_MESSAGE,   /* the message's fate; the reply is that which

@@ -134,12 +134,14 @@ load lib
 	run -1 grep MAIL received
 }
 
-@test "a close or a reset in the grace is 69, a 4yz 75, garbage 76" {
+@test "a close or a reset in the grace is 75, as a 4yz; garbage is 76" {
 	make_message >m
-	start_peer recv close
-	run -69 send --to b@example.net m
-	start_peer recv reset
-	run -69 send --to b@example.net m
+	for end in close reset; do
+		start_peer recv $end
+		run -75 send --to b@example.net m
+		assert_output --partial 'closed the connection'
+		assert_output --partial 'does it speak BSMTP?'
+	done
 	start_peer 'send:421 4.3.2 later\r\n' eof
 	run -75 send --to b@example.net m
 	start_peer 'send:SSH-2.0-foo\r\n' eof

@@ -1,0 +1,83 @@
+# Replies and fates: what becomes of a message where a server is silent, refuses late,
+# loses count, or goes away.
+# shellcheck disable=SC2030,SC2031,SC2154 # lib.bash has variables, bats subshells
+load lib
+load tls
+
+# The fates in order, and what decided; of the recipients: fate and code.
+fates() { jq -r 'select(.event == "message") | .fate' sent.json | xargs; }
+decided() { jq -r 'select(.event == "message") | .reply.code' sent.json | xargs; }
+recipients() { jq -r 'select(.event == "message") | .to[] | "\(.fate) \(.code)"' sent.json | paste -sd,; }
+
+# sends STATUS OPTION...: the file m, reported in sent.json, diagnostics in $stderr.
+sends() {
+	run "-$1" --separate-stderr send --json "${@:2}" m
+	echo "$output" >sent.json
+}
+# silent REPLY...: a server that says nothing to the opening, and these to the stream.
+silent() {
+	local replies
+	printf -v replies '%s\\r\\n' "$@"
+	start_peer 'send:220 x\r\n' recv:QUIT "send:$replies" eof
+}
+native='250-x\r\n250-BSMTP\r\n250-PIPELINING\r\n250 CHUNKING\r\n'
+
+# --- Ends
+
+@test "a connection that ends without a word is 75, in each manner and at each point" {
+	make_message >m
+	for end in close reset; do
+		for mode in bsmtp early pipelining lockstep; do
+			for said in '' 'send:220 x\r\n'; do
+				if [ -n "$said" ]; then start_peer "$said" recv $end; else start_peer $end; fi
+				sends 75 --to b@example.net --mode $mode
+				assert_equal "$(summary delivered) $(summary rejected)" '0 0'
+			done
+		done
+	done
+}
+
+@test "a connection that ends without a word is 75 with TLS too, and 77 stays what was refused" {
+	certs=$BATS_FILE_TMPDIR
+	make_message >m
+	for mode in bsmtp pipelining; do
+		for end in close reset; do
+			for at in '' recv "tls:$certs/good.pem"; do
+				start_peer ${at:+"$at"} $end
+				sends 75 --ca "$certs/ca.pem" --tls --to b@example.net --mode $mode
+				assert_equal "$(summary unsent)" 1
+			done
+		done
+	done
+	for end in close reset; do
+		start_peer 'send:220 x\r\n' recv:STARTTLS 'send:220 2.0.0 go\r\n' $end
+		sends 75 --ca "$certs/ca.pem" --starttls --to b@example.net
+	done
+	start_peer "tls:$certs/good.pem" eof
+	sends 77 --tls --to b@example.net
+}
+
+@test "a listener that is killed, or stops, before the opening is answered: 75" {
+	make_message >m
+	for signal in KILL TERM; do
+		start_listener --discard --reply 'BSMTP=delay 20s' --json
+		send --to b@example.net --json --grace 20s m >sent.json 2>sent.err 3>&- &
+		client=$!
+		connected() { [ -n "$(ss -Htn state established "sport = :${address##*:}")" ]; }
+		await connected
+		kill -$signal "$listener_pid"
+		status=0
+		wait $client || status=$?
+		assert_equal "$signal $status $(summary unsent)" "$signal 75 1"
+		wait "$listener_pid" || :
+	done
+}
+
+@test "a close of the opening is still fallen back from" {
+	make_message >m
+	start_listener --eml in --bsmtp close
+	sends 0 --to b@example.net --fallback pipelining
+	assert_equal "$(fates)" delivered
+	sends 75 --to b@example.net
+	[[ $stderr == *'closed the connection'*'does it speak BSMTP?'* ]]
+}
