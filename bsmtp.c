@@ -8232,18 +8232,20 @@ static void write_peers(const char *path, const char *rest, const char *peer)
 		diag("%s: %s", path, strerror(errno));
 }
 
-/* Whether the peer is known to speak BSMTP; changes that when it is told to. */
+/* Whether the peer is known to speak BSMTP; changes that when it is told to.  What it
+ * does under TLS says nothing of what it does in the clear. */
 static bool recall_peer(const struct sender *s, bool change, bool speaks)
 {
-	char path[PATH_MAX], *rest;
+	char path[PATH_MAX], peer[512], *rest;
 	bool known;
 
 	peers_path(path, sizeof path);
 	if (!s->automatic || *path == '\0' || options.connect_command != NULL)
 		return false;
-	rest = read_peers(path, options.server, &known);
+	snprintf(peer, sizeof peer, "%s%s", options.server, options.tls || options.starttls ? " tls" : "");
+	rest = read_peers(path, peer, &known);
 	if (change && known != speaks)
-		write_peers(path, rest, speaks ? options.server : "");
+		write_peers(path, rest, speaks ? peer : "");
 	free(rest);
 	return known;
 }

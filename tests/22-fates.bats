@@ -81,3 +81,28 @@ native='250-x\r\n250-BSMTP\r\n250-PIPELINING\r\n250 CHUNKING\r\n'
 	sends 75 --to b@example.net
 	[[ $stderr == *'closed the connection'*'does it speak BSMTP?'* ]]
 }
+
+# --- Peers, remembered
+
+@test "a peer that was learnt under TLS is not one in the clear" {
+	certs=$BATS_FILE_TMPDIR
+	make_message >m
+	start_listener --starttls --cert "$certs/good.pem" --discard
+	mode() { jq -r 'select(.event == "opening") | .mode' sent.json; }
+	auto() { sends 0 --to b@example.net --ca "$certs/ca.pem" --mode auto --peers peers "$@"; }
+	auto --starttls
+	assert_equal "$(cat peers)" "$address tls"
+	sends 0 --to b@example.net --mode auto --peers peers
+	assert_equal "$(mode)" pipelining
+	assert_equal "$(sort peers)" "$(printf '%s\n' "$address" "$address tls")"
+	auto --starttls
+	assert_equal "$(mode)" bsmtp
+	sends 0 --to b@example.net --mode auto --peers peers
+	assert_equal "$(mode)" bsmtp
+	stop_listener
+	# forgotten is the one alone
+	start_listener --starttls --cert "$certs/good.pem" --discard --bsmtp refuse
+	printf '%s\n' "$address" "$address tls" >peers
+	run ! send --to b@example.net --mode auto --peers peers m
+	assert_equal "$(cat peers)" "$address tls"
+}
