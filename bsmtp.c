@@ -2552,6 +2552,11 @@ size_t bsmtp_client_owed(const struct bsmtp_client *c)
 	return c->due_count;
 }
 
+enum bsmtp_verb bsmtp_client_awaits(const struct bsmtp_client *c)
+{
+	return c->due_count > 0 ? (enum bsmtp_verb)c->due[c->due_first] : BSMTP_VERB_UNKNOWN;
+}
+
 uint64_t bsmtp_client_position(const struct bsmtp_client *c)
 {
 	return c->sent_total + (c->made - c->sent);
@@ -3950,6 +3955,7 @@ enum store_kind { STORE_MAILDIR, STORE_EML, STORE_MBOX, STORE_BATCH, STORE_EXEC,
 
 static struct options {
 	bool json, trace;
+	bool timeout_given;
 	uint64_t timeout_ms;
 	struct list operands;
 	/* TLS, and who may speak */
@@ -8802,6 +8808,17 @@ static int64_t grace_length(const struct sender *s)
 	return scaled < 5000000 ? scaled : 5000000;
 }
 
+/* The silence allowed by default where a server may be storing a message. */
+enum { VERDICT_MS = 600000 };
+
+/* The silence allowed: while the verdict on a body is due, RFC 5321 4.5.3.2.6 has more. */
+static uint64_t silence_ms(const struct sender *s)
+{
+	bool verdict = bsmtp_client_awaits(&s->client) == BSMTP_VERB_BODY;
+
+	return verdict && !options.timeout_given ? VERDICT_MS : options.timeout_ms;
+}
+
 /* When to stop waiting: the grace's end, the silence's end; 0: never. */
 static int64_t wait_until(struct sender *s)
 {
@@ -8817,7 +8834,7 @@ static int64_t wait_until(struct sender *s)
 	(void)bsmtp_client_out(&s->client, &len);
 	if (s->source_waits && len == 0 && bsmtp_client_owed(&s->client) == 0)
 		return 0;
-	return s->on.progress_us + (int64_t)options.timeout_ms * 1000;
+	return s->on.progress_us + (int64_t)silence_ms(s) * 1000;
 }
 
 static void session_over(struct sender *s)
@@ -8838,7 +8855,7 @@ static void on_time(struct sender *s)
 		return;
 	}
 	if (!is_settled(s)) {
-		diag("%s: silent for %.3g s, giving up", s->peer, (double)options.timeout_ms / 1e3);
+		diag("%s: silent for %.3g s, giving up", s->peer, (double)silence_ms(s) / 1e3);
 		worst(&s->status, EX_TEMPFAIL);
 	}
 	s->on.gave_up = true;
@@ -11316,6 +11333,12 @@ static const char *parse_grace(const char *text, void *where)
 	return parse_time(text, where);
 }
 
+static const char *parse_timeout(const char *text, void *where)
+{
+	options.timeout_given = true;
+	return parse_time(text, where);
+}
+
 static const char *parse_deadline(const char *text, void *where)
 {
 	options.deadline_given = true;
@@ -11564,7 +11587,7 @@ static const struct option_row option_rows[] = {
 	{ BOTH, 0, "key", "FILE", "its key (in the same file)", parse_text, &options.key },
 	{ BOTH, 0, "early-data", NULL, "with --tls: the stream in the first flight (needs --tickets)", parse_flag, &options.early_data },
 	{ BOTH, 0, "fastopen", NULL, "TCP Fast Open: octets in the SYN", parse_flag, &options.fastopen },
-	{ BOTH, 0, "timeout", "TIME", "silence allowed (5m)", parse_time, &options.timeout_ms },
+	{ BOTH, 0, "timeout", "TIME", "silence allowed (5m)", parse_timeout, &options.timeout_ms },
 	{ BOTH, 0, "json", NULL, "one JSON object a line on standard output", parse_flag, &options.json },
 	{ BOTH, 'v', "trace", NULL, "the annotated transcript on standard error", parse_flag, &options.trace },
 	{ BOTH, 'h', "help", NULL, "print this and exit", NULL, NULL },

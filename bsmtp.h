@@ -543,8 +543,10 @@ uint64_t bsmtp_client_sent_total(const struct bsmtp_client *client);
  * (RFC 9422); 0: it has not said. */
 void bsmtp_client_limits(const struct bsmtp_client *client, uint64_t *mails, uint64_t *rcpts);
 
-/* Replies that are awaited. */
+/* Replies that are awaited, and the command that the next of them answers by counting;
+ * BSMTP_VERB_UNKNOWN where there is none. */
 size_t bsmtp_client_owed(const struct bsmtp_client *client);
+enum bsmtp_verb bsmtp_client_awaits(const struct bsmtp_client *client);
 
 /* What the opening's reply offered, as enum bsmtp_keyword bits; whether commands
  * wait for each other's replies; CRs that became spaces. */

@@ -82,6 +82,36 @@ native='250-x\r\n250-BSMTP\r\n250-PIPELINING\r\n250 CHUNKING\r\n'
 	[[ $stderr == *'closed the connection'*'does it speak BSMTP?'* ]]
 }
 
+# --- Silence
+
+@test "silence: five minutes, and ten for the verdict on a body; --timeout holds for all" {
+	make_message >m
+	# waits STEP... -- OPTION...: for a server that does so much and no more, so many seconds
+	waits() {
+		local steps=()
+		while [ "$1" != -- ]; do
+			steps+=("$1")
+			shift
+		done
+		start_peer "${steps[@]}" silent
+		rm -f calls
+		ASAN_OPTIONS=detect_leaks=0 strace -qqo calls -e trace=poll "$BSMTP" send \
+			--server "$address" --to b@example.net "${@:2}" m 2>/dev/null 3>&- &
+		pids+=($!)
+		await settled
+	}
+	# it waits now, and for so many seconds, but for what has passed of the last
+	settled() {
+		local last
+		last=$(tail -n 1 calls 2>/dev/null | grep -oE '[0-9]+$') && [ $(((last + 999) / 1000)) = "$want" ]
+	}
+	stream=(recv "send:220 x\\r\\n$native" recv:QUIT)
+	want=600 waits "${stream[@]}" 'send:250 a\r\n250 a\r\n' --
+	want=300 waits "${stream[@]}" 'send:250 a\r\n' --
+	want=300 waits 'send:220 x\r\n' recv -- --mode pipelining
+	want=70 waits "${stream[@]}" 'send:250 a\r\n250 a\r\n' -- --timeout 70s
+}
+
 # --- Peers, remembered
 
 @test "a peer that was learnt under TLS is not one in the clear" {
