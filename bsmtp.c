@@ -1513,6 +1513,22 @@ enum client_state {
 	CLIENT_OVER
 };
 
+/* Whether a reply answers the command that it is counted for. */
+enum alignment {
+	ALIGNED,
+	DOUBTFUL,               /* that one or the next: the opening may have had no reply */
+	LOST                    /* no: it has turned out that there was one too many or too few */
+};
+
+/* The enhanced status codes of a reply's lines (RFC 2034). */
+enum statuses { NO_STATUS, MAIL_STATUS, OTHER_STATUS };
+
+/* What can refuse a message, in the order in which it decides. */
+enum decider { BY_MAIL, BY_RCPT, BY_TEXT, BY_END, DECIDERS };
+
+/* Whether all replies around a fate and for it were of one kind. */
+enum uniform { MIXED, ALL_GOOD, ALL_BAD };
+
 /* Room kept behind the body for its end, and for a BDAT line that turns out
  * longer than foreseen: "BDAT " 20 digits " LAST" CRLF. */
 enum { HEADER_MAX = 32, RESERVE = HEADER_MAX + 16, DUE_RESERVE = 4 };
@@ -1534,9 +1550,41 @@ static size_t client_room(const struct bsmtp_client *c)
 	return c->out_size - c->made > RESERVE ? c->out_size - c->made - RESERVE : 0;
 }
 
-static void expect(struct bsmtp_client *c, enum bsmtp_verb verb)
+/* Among the replies due: that to the last chunk, where the others have their verb. */
+enum { LAST_CHUNK = BSMTP_VERBS };
+
+/* Where number i of the replies due is in the ring, or would be. */
+static size_t due_at(const struct bsmtp_client *c, size_t i)
 {
-	c->due[(c->due_first + c->due_count++) % c->due_size] = (unsigned char)verb;
+	size_t at = c->due_first + i;
+
+	return at < c->due_size ? at : at - c->due_size;
+}
+
+static void expect(struct bsmtp_client *c, unsigned verb)
+{
+	c->due[due_at(c, c->due_count++)] = (unsigned char)verb;
+	c->mails_due += verb == BSMTP_VERB_MAIL;
+}
+
+/* The command that reply number i of those due is counted for. */
+static enum bsmtp_verb due_verb(const struct bsmtp_client *c, size_t i)
+{
+	unsigned verb = i < c->due_count ? c->due[due_at(c, i)] : BSMTP_VERB_UNKNOWN;
+
+	return verb == LAST_CHUNK ? BSMTP_VERB_BODY : (enum bsmtp_verb)verb;
+}
+
+static bool is_chunk_due(const struct bsmtp_client *c)
+{
+	return c->due[c->due_first] == BSMTP_VERB_BDAT || c->due[c->due_first] == LAST_CHUNK;
+}
+
+static void answered(struct bsmtp_client *c)
+{
+	c->mails_due -= due_verb(c, 0) == BSMTP_VERB_MAIL;
+	c->due_first = due_at(c, 1);
+	c->due_count--;
 }
 
 /* Appends a line to what may go; `verb` is the reply it asks for. */
@@ -1551,12 +1599,21 @@ static void write_line(struct bsmtp_client *c, enum bsmtp_verb verb, struct bsmt
 	expect(c, verb);
 }
 
+/* These show that replies and commands do not match, and nobody knows since when. */
+static bool is_miscount(enum bsmtp_error error)
+{
+	return error == BSMTP_E_UNASKED || error == BSMTP_E_OUT_OF_PLACE ||
+	    error == BSMTP_E_MISCOUNTED;
+}
+
 static void fail(struct bsmtp_client *c, struct bsmtp_client_event *event,
     enum bsmtp_error error)
 {
 	event->type = BSMTP_CLIENT_ERROR;
 	event->error = error;
 	c->state = CLIENT_OVER;
+	if (is_miscount(error))
+		c->alignment = LOST;
 }
 
 /* A line that no transcript shows. */
@@ -1638,7 +1695,6 @@ void bsmtp_client_init(struct bsmtp_client *c, const struct bsmtp_client_config 
 	c->due = due;
 	c->due_size = due_size;
 	c->lockstep = mode_of(c)->waits_each;
-	c->first = true;
 	c->header = HEADER_MAX / 2;
 	expect(c, BSMTP_VERB_CONNECT);
 	if (mode_of(c)->waits_greeting || config->await_greeting)
@@ -1765,8 +1821,6 @@ void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool 
 	struct text t = { line, 0, sizeof line - 2 }, sized = { number, 0, sizeof number };
 	unsigned keys = client_keys(c);
 
-	if (c->first)
-		c->sure = c->opened || mode_of(c)->opening != BSMTP_VERB_BSMTP;
 	if (wants_auth(c))              /* in the stream of BSMTP */
 		write_auth(c, &(struct bsmtp_client_event){ .type = BSMTP_CLIENT_NONE });
 	if (needs_reset(c))
@@ -1784,8 +1838,8 @@ void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool 
 	if (size > 0 && (keys & BSMTP_KEY_SIZE))
 		put_parameter(&t, slice(number, sized.len));
 	write_line(c, BSMTP_VERB_MAIL, slice(line, t.len));
-	c->first = false;
 	c->unsure = c->writing = c->streamed = true;
+	c->addressed = false;
 	c->state = CLIENT_RCPT;
 }
 
@@ -1840,10 +1894,16 @@ static void begin_body_text(struct bsmtp_client *c)
 		c->state = CLIENT_DATA;
 }
 
+void bsmtp_client_rcpt_end(struct bsmtp_client *c)
+{
+	c->addressed = true;
+}
+
 void bsmtp_client_data(struct bsmtp_client *c)
 {
 	bool unknown = mode_of(c)->opening != BSMTP_VERB_BSMTP && !c->opened;
 
+	bsmtp_client_rcpt_end(c);
 	/* Replies are in when in lockstep: do not offer a body to nobody. */
 	if (c->lockstep && c->rcpts_good == 0) {
 		c->state = CLIENT_SKIP;
@@ -1882,7 +1942,7 @@ static void close_chunk(struct bsmtp_client *c, bool last)
 	c->header = t.len;
 	c->made = c->ready = c->ready + t.len + body;
 	c->chunk_open = false;
-	expect(c, last ? BSMTP_VERB_BODY : BSMTP_VERB_BDAT);
+	expect(c, last ? LAST_CHUNK : BSMTP_VERB_BDAT);
 	tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_COMMAND,
 	    slice(line, t.len - 2), 0);
 	tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_BODY, slice("", 0), body);
@@ -1989,8 +2049,7 @@ static enum bsmtp_fate fate_of(int code)
 	    BSMTP_REJECTED;
 }
 
-/* Keeps the reply that decides about the message: the first refusal in order
- * of MAIL, RCPT (of the last one, while none was good) and body; else the 2yz. */
+/* Keeps the reply that decides about the message, so far. */
 static void keep_verdict(struct bsmtp_client *c, const struct bsmtp_client_event *reply)
 {
 	struct text t = { c->verdict_text, 0, sizeof c->verdict_text };
@@ -2002,96 +2061,194 @@ static void keep_verdict(struct bsmtp_client *c, const struct bsmtp_client_event
 	c->verdict.text = slice(c->verdict_text + reply->status.len, t.len - reply->status.len);
 }
 
-/* Where a stream began before its opening was answered, and nothing since has told
- * whether it was, a reply may be that of the command it is counted for, or of the
- * next one: only where both readings agree is anything known. */
-static bool is_doubtful(const struct bsmtp_client *c, enum bsmtp_fate fate)
+/* The first of the message's commands that was refused, or DECIDERS. */
+static enum decider decider(const struct bsmtp_client *c)
 {
-	return !c->sure && (fate == BSMTP_DELIVERED ? !c->all_good : !c->all_bad);
+	int by = BY_MAIL;
+
+	while (by < DECIDERS && c->refused[by] == 0)
+		by++;
+	return (enum decider)by;
 }
 
-/* The fate as far as the replies go; `final` when the last of them is in. */
-static void give_fate(struct bsmtp_client *c, struct bsmtp_client_event *event, bool final)
+static void keep_refusal(struct bsmtp_client *c, enum decider by,
+    const struct bsmtp_client_event *reply)
 {
-	enum bsmtp_fate fate = c->verdict.code != 0 ? fate_of(c->verdict.code) : BSMTP_UNKNOWN;
-	bool nobody = !c->mail_bad && c->rcpts > 0 && c->rcpts_good == 0;
-	bool decided = c->mail_bad || nobody || c->verdict.code / 100 > 2;
+	if (decider(c) >= by)
+		keep_verdict(c, reply);
+	c->refused[by] = reply->code;
+}
 
-	if (nobody)
-		fate = c->rcpts_deferred > 0 ? BSMTP_DEFERRED : BSMTP_REJECTED;
-	if ((!final && !decided) || is_doubtful(c, fate))
-		fate = BSMTP_UNKNOWN;
+/* A refusal of MAIL that follows from one of the session, and is none of the message:
+ * 530 after AUTH (RFC 4954 6), 503 after the opening (RFC 5321 4.1.4). */
+static bool refused_with_session(const struct bsmtp_client *c)
+{
+	return (c->auth_refused && c->refused[BY_MAIL] == 530) ||
+	    (c->opening_refused && c->refused[BY_MAIL] == 503);
+}
+
+/* Whether the message whose replies are read is still being written. */
+static bool is_unended(const struct bsmtp_client *c)
+{
+	return c->writing && c->mails_due == 0;
+}
+
+/* The fate, by the first that was refused and by the code of the reply to the end, 0
+ * where there is none:
+ *
+ *	first refused		end 2yz		end 4yz, 5yz	no reply
+ *	MAIL			unknown		as MAIL		as MAIL
+ *	MAIL, with the session	unknown		unsent		unknown, or unsent if it has no end
+ *	all recipients		as these	as these	as these
+ *	DATA or a chunk		as that		as that		as that
+ *	the end			-		as that		-
+ *	nothing			delivered	-		unknown
+ *
+ * "As" one: deferred for 4yz, rejected for 5yz. */
+static enum bsmtp_fate decide(const struct bsmtp_client *c, int end)
+{
+	enum decider by = decider(c);
+	bool taken = end / 100 == 2;
+	bool no_body = is_unended(c) || c->refused[BY_TEXT] != 0 || c->refused[BY_END] != 0;
+
+	if (by == DECIDERS)
+		return taken ? BSMTP_DELIVERED : BSMTP_UNKNOWN;
+	if (by == BY_MAIL && taken)
+		return BSMTP_UNKNOWN;
+	if (by == BY_MAIL && refused_with_session(c))
+		return no_body && c->rcpts_good == 0 ? BSMTP_UNSENT : BSMTP_UNKNOWN;
+	return fate_of(c->refused[by]);
+}
+
+/* The message's fate, as far as the replies go.  Where they may all be those of the
+ * next commands, it is known only if it makes no difference: they are all of one
+ * kind, from the one before MAIL's to the end's. */
+static void give_fate(struct bsmtp_client *c, struct bsmtp_client_event *event, int end)
+{
+	enum bsmtp_fate fate = decide(c, end);
+	enum uniform uniform = MIXED;
+
+	if (fate == BSMTP_DELIVERED && c->all_good)
+		uniform = ALL_GOOD;
+	else if (fate != BSMTP_DELIVERED && fate != BSMTP_UNKNOWN && c->all_bad)
+		uniform = ALL_BAD;
 	*event = c->verdict;
-	if (fate == BSMTP_UNKNOWN)
-		event->code = 0;
 	event->type = BSMTP_CLIENT_MESSAGE;
-	event->fate = fate;
+	event->doubtful = c->alignment == LOST || (c->alignment == DOUBTFUL && uniform == MIXED);
+	event->fate = event->doubtful ? BSMTP_UNKNOWN : fate;
+	if (event->fate == BSMTP_UNKNOWN)
+		event->code = 0;
+	c->uniform = (unsigned char)uniform;
 	c->judging = false;
 }
 
 static void begin_judging(struct bsmtp_client *c)
 {
 	memset(&c->verdict, 0, sizeof c->verdict);
+	memset(c->refused, 0, sizeof c->refused);
 	c->judging = true;
-	c->mail_bad = false;
 	c->all_good = c->previous / 100 == 2;
 	c->all_bad = c->previous / 100 > 3;
-	c->rcpts = c->rcpts_good = c->rcpts_deferred = 0;
+	c->before = c->previous;
+	c->mail = 0;
+	c->rcpts = c->rcpts_good = 0;
 }
 
-static void answer_mail(struct bsmtp_client *c, struct bsmtp_client_event *event)
+static void answer_mail(struct bsmtp_client *c, const struct bsmtp_client_event *event)
 {
-	begin_judging(c);
-	if (event->code / 100 == 2)
-		return;
-	c->mail_bad = true;
-	keep_verdict(c, event);
+	c->mail = event->code;
+	if (event->code / 100 != 2)
+		keep_refusal(c, BY_MAIL, event);
 }
 
+/* Recipients decide if none was taken: by the first that was put off, else by the first
+ * that was refused. */
 static void answer_rcpt(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
-	enum bsmtp_fate fate = fate_of(event->code);
+	bool first = c->refused[BY_RCPT] == 0;
+	bool put_off = c->refused[BY_RCPT] / 100 == 5 && event->code / 100 == 4;
 
 	event->type = BSMTP_CLIENT_RCPT;
-	event->fate = c->sure || c->previous / 100 == event->code / 100 ? fate : BSMTP_UNKNOWN;
+	event->fate = fate_of(event->code);
 	event->rcpt = c->rcpts++;
-	if (fate == BSMTP_DELIVERED) {
+	if (event->fate == BSMTP_DELIVERED) {
 		c->rcpts_good++;
-		if (!c->mail_bad)
-			c->verdict.code = 0;
-	} else {
-		c->rcpts_deferred += fate == BSMTP_DEFERRED;
-		if (!c->mail_bad && c->rcpts_good == 0)
-			keep_verdict(c, event);
+		c->refused[BY_RCPT] = 0;
+	} else if (c->rcpts_good == 0 && (first || put_off)) {
+		keep_refusal(c, BY_RCPT, event);
 	}
 }
 
-static void answer_data(struct bsmtp_client *c, struct bsmtp_client_event *event)
+/* 354: who sent DATA and waits may go on. */
+static void take_354(struct bsmtp_client *c)
 {
-	if (event->code / 100 != 3) {
-		if (c->verdict.code == 0)
-			keep_verdict(c, event);
-		if (c->state == CLIENT_DATA)
-			c->state = CLIENT_SKIP;
-	} else if (c->state == CLIENT_DATA && (c->rcpts_good == 0 || c->mail_bad)) {
-		/* RFC 2920 3.1: nobody is left, but the server wants an end. */
-		end_of_data(c);
-		c->state = CLIENT_SKIP;
-	} else if (c->state == CLIENT_DATA) {
-		c->state = CLIENT_BODY;
-	}
-}
-
-/* The reply to the end of a body that was written, or to DATA alone. */
-static void answer_body(struct bsmtp_client *c, struct bsmtp_client_event *event, bool last)
-{
-	if (c->verdict.code == 0 && (last || event->code / 100 != 2))
-		keep_verdict(c, event);
-	if (!last)
+	c->alignment = ALIGNED;
+	if (c->state != CLIENT_DATA)
 		return;
-	if (event->code / 100 == 2 && c->due_count == 0 && !c->writing)
+	c->state = CLIENT_BODY;
+	if (c->rcpts_good > 0 && c->refused[BY_MAIL] == 0)
+		return;
+	/* RFC 2920 3.1: nobody is left, but the server wants an end. */
+	end_of_data(c);
+	c->state = CLIENT_SKIP;
+}
+
+/* A 354, or the refusal of a body that was not sent. */
+static void answer_data(struct bsmtp_client *c, const struct bsmtp_client_event *event)
+{
+	bool next = c->state == CLIENT_DATA || (c->state == CLIENT_BODY && c->due_count == 0);
+
+	if (event->code / 100 == 3) {
+		take_354(c);
+		return;
+	}
+	keep_refusal(c, BY_TEXT, event);
+	if (next)
+		c->state = CLIENT_SKIP;
+}
+
+/* The reply to a chunk that is not the last.  Once one was refused the client MUST NOT
+ * send more of the message (RFC 3030 2): what is framed already goes, then RSET. */
+static void answer_chunk(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	if (!c->judging || event->code / 100 == 2)
+		return;
+	if (c->refused[BY_TEXT] == 0)
+		keep_refusal(c, BY_TEXT, event);
+	if (c->state != CLIENT_BODY || !is_unended(c))
+		return;
+	c->made = c->ready;
+	c->chunk_open = c->writing = false;
+	write_reset(c);
+	give_fate(c, event, 0);
+	c->state = CLIENT_SKIP;
+}
+
+/* The reply to the end of a body. */
+static void answer_body(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	int code = event->code;
+
+	if (code / 100 != 2)
+		keep_refusal(c, BY_END, event);
+	else if (decider(c) == DECIDERS)
+		keep_verdict(c, event);
+	if (code / 100 == 2 && c->due_count == 0 && !c->writing)
 		c->unsure = false;
-	give_fate(c, event, true);
+	give_fate(c, event, code);
+}
+
+/* RSET's: of a message that was abandoned it is the end; if it is refused the next MAIL
+ * tells. */
+static void answer_reset(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	if (event->code / 100 != 2 && !c->judging)
+		event->type = BSMTP_CLIENT_NOTE;
+	if (!c->judging)
+		return;
+	give_fate(c, event, 0);
+	if (event->fate == BSMTP_UNKNOWN)
+		event->fate = BSMTP_UNSENT;
 }
 
 void bsmtp_client_skipped(struct bsmtp_client *c, struct bsmtp_client_event *event)
@@ -2101,28 +2258,27 @@ void bsmtp_client_skipped(struct bsmtp_client *c, struct bsmtp_client_event *eve
 	if (!c->writing)
 		return;
 	/* No body ended the transaction, so RSET must, whatever was offered. */
-	if (c->mail_bad)
+	if (c->refused[BY_MAIL] != 0)
 		c->unsure = false;      /* there is none */
 	else
 		write_reset(c);
-	give_fate(c, event, true);
+	give_fate(c, event, 0);
 	c->writing = false;
 }
 
 static void refuse(struct bsmtp_client *c, struct bsmtp_client_event *event,
     enum bsmtp_error error)
 {
+	if (event->verb == BSMTP_VERB_AUTH)
+		c->auth_refused = true;
+	else
+		c->opening_refused = true;
+	if (c->state == CLIENT_MUTE)    /* this one only follows from that before */
+		return;
 	event->type = BSMTP_CLIENT_REFUSED;
 	event->error = error;
 	event->late = c->streamed;
 	c->state = c->streamed ? CLIENT_MUTE : CLIENT_OVER;
-}
-
-/* Neither consent nor refusal: by prearrangement it may be passed over. */
-static void neither(struct bsmtp_client *c, struct bsmtp_client_event *event)
-{
-	if (mode_of(c)->opening != BSMTP_VERB_BSMTP)
-		fail(c, event, BSMTP_E_OUT_OF_PLACE);
 }
 
 static void answer_greeting(struct bsmtp_client *c, struct bsmtp_client_event *event)
@@ -2133,10 +2289,7 @@ static void answer_greeting(struct bsmtp_client *c, struct bsmtp_client_event *e
 		refuse(c, event, class == 4 ? BSMTP_E_DEFERRED : BSMTP_E_REFUSED);
 		return;
 	}
-	if (class != 2)
-		neither(c, event);
-	else
-		event->type = BSMTP_CLIENT_GREETING;
+	event->type = BSMTP_CLIENT_GREETING;
 	if (c->state == CLIENT_GREETING)
 		write_opening(c, mode_of(c)->opening);
 }
@@ -2205,10 +2358,8 @@ static void answer_opening(struct bsmtp_client *c, struct bsmtp_client_event *ev
 			begin_body_text(c);
 	} else if (class == 5 && event->verb == BSMTP_VERB_EHLO && mode_of(c)->waits_each) {
 		write_opening(c, BSMTP_VERB_HELO);
-	} else if (class >= 4) {
-		refuse(c, event, class == 4 ? BSMTP_E_DEFERRED : BSMTP_E_REFUSED);
 	} else {
-		neither(c, event);
+		refuse(c, event, class == 4 ? BSMTP_E_DEFERRED : BSMTP_E_REFUSED);
 	}
 }
 
@@ -2255,12 +2406,6 @@ static void learn(struct bsmtp_client *c, struct bsmtp_slice text)
 		learn_mechanisms(c, slice(text.at + n, text.len - n));
 }
 
-static void answered(struct bsmtp_client *c)
-{
-	c->due_first = (c->due_first + 1) % c->due_size;
-	c->due_count--;
-}
-
 static void answer_verb(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
 	switch (event->verb) {
@@ -2282,10 +2427,10 @@ static void answer_verb(struct bsmtp_client *c, struct bsmtp_client_event *event
 		answer_data(c, event);
 		break;
 	case BSMTP_VERB_BDAT:
-		answer_body(c, event, false);
+		answer_chunk(c, event);
 		break;
 	case BSMTP_VERB_BODY:
-		answer_body(c, event, true);
+		answer_body(c, event);
 		break;
 	case BSMTP_VERB_STARTTLS:
 		answer_starttls(c, event);
@@ -2297,32 +2442,130 @@ static void answer_verb(struct bsmtp_client *c, struct bsmtp_client_event *event
 		event->type = BSMTP_CLIENT_QUIT;
 		c->state = CLIENT_OVER;
 		break;
-	case BSMTP_VERB_RSET:   /* if it is refused the next MAIL tells */
-		if (event->code / 100 != 2 && !c->judging)
-			event->type = BSMTP_CLIENT_NOTE;
-		if (c->judging) {       /* the message was abandoned */
-			give_fate(c, event, true);
-			event->fate = event->fate == BSMTP_UNKNOWN ? BSMTP_UNSENT : event->fate;
-		}
+	case BSMTP_VERB_RSET:
+		answer_reset(c, event);
 		break;
 	default:
 		break;
 	}
 }
 
-/* The first reply behind the greeting, the stream having begun without it.  It
- * answers the opening for sure if it has keywords, or a code that MAIL cannot
- * get; and MAIL, the server having kept silent about the opening, if it has MAIL's
- * status, for an opening's reply has none (RFC 2034 3). */
-static void find_opening(struct bsmtp_client *c, const struct bsmtp_client_event *event,
-    unsigned lines)
-{
-	bool mails = event->code / 100 == 2 && lines == 1 && event->status.len > 4 &&
-	    memcmp(event->status.at, "2.1.", 4) == 0;
+/* ---- which command a reply answers ---- */
 
-	c->sure = mails || lines > 1 || event->code == 500 || event->code == 502;
-	if (mails)
+/* Whether the first reply after the greeting is for certain that of the command after
+ * the opening, which then has none: MAIL's enhanced status codes are 2.1.x (RFC 3463
+ * 3.2), those of AUTH have their own (RFC 4954 4 and 6), and 221 is QUIT's. */
+static bool answers_next(const struct bsmtp_client *c, int code)
+{
+	switch (due_verb(c, 1)) {
+	case BSMTP_VERB_AUTH:
+		return code == 235 || code == 334 || code == 530 || code == 535 || code == 538;
+	case BSMTP_VERB_QUIT:
+		return code == 221;
+	default:
+		return code / 100 == 2 && c->reply_statuses == MAIL_STATUS;
+	}
+}
+
+/* Whether it is for certain the opening's: it has keywords, and no enhanced status code
+ * on any line; or it says what MAIL cannot get. */
+static bool answers_opening(const struct bsmtp_client *c, int code, unsigned lines)
+{
+	bool unknown = code == 500 || code == 502;
+
+	return (code / 100 == 2 && lines > 1 && c->reply_statuses == NO_STATUS) ||
+	    (unknown && due_verb(c, 1) == BSMTP_VERB_MAIL);
+}
+
+/* The first reply after the greeting, the stream having begun without it.  By exception
+ * to the counting it is looked at; what cannot be told stays open. */
+static void find_opening(struct bsmtp_client *c, int code, unsigned lines)
+{
+	if (answers_next(c, code))
 		answered(c);
+	else if (!answers_opening(c, code, lines))
+		c->alignment = DOUBTFUL;
+}
+
+/* In doubt: whether it is a 354 that cannot be the reply to the last RCPT, but that to
+ * DATA after it. */
+static bool shows_silence(const struct bsmtp_client *c, int code)
+{
+	return c->alignment == DOUBTFUL && code / 100 == 3 && due_verb(c, 0) == BSMTP_VERB_RCPT &&
+	    due_verb(c, 1) == BSMTP_VERB_DATA;
+}
+
+/* Then what was counted for MAIL was the first recipient's reply, what was counted before
+ * MAIL was MAIL's, and so on. */
+static void move_replies(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	int others = c->refused[BY_RCPT];
+
+	memset(event, 0, sizeof *event);
+	if (c->refused[BY_MAIL] != 0)
+		*event = c->verdict;
+	event->type = BSMTP_CLIENT_MOVED;
+	event->verb = c->verdict.verb = BSMTP_VERB_RCPT;
+	event->code = c->mail;
+	event->fate = fate_of(c->mail);
+	c->rcpts++;
+	c->rcpts_good += c->mail / 100 == 2;
+	c->refused[BY_MAIL] = c->before / 100 > 3 ? c->before : 0;
+	c->refused[BY_RCPT] = c->mail / 100 == 5 && others / 100 == 4 ? others : c->mail;
+	if (c->rcpts_good > 0)
+		c->refused[BY_RCPT] = 0;
+	/* Where another decides now than did, its code is all there is. */
+	if (c->refused[BY_MAIL] != 0)
+		c->verdict = (struct bsmtp_client_event){ .verb = BSMTP_VERB_MAIL, .code = c->before };
+	else if (c->refused[BY_RCPT] != c->verdict.code)
+		c->verdict = (struct bsmtp_client_event){ .verb = BSMTP_VERB_RCPT,
+			.code = c->refused[BY_RCPT] };
+	answered(c);
+	answered(c);
+	take_354(c);
+}
+
+/* In doubt: a 221 that cannot be the reply to the last command before QUIT, but that to
+ * QUIT.  Of the message it says nothing. */
+static void pass_to_quit(struct bsmtp_client *c, int code)
+{
+	if (c->alignment != DOUBTFUL || code != 221 || c->due_count != 2 ||
+	    due_verb(c, 1) != BSMTP_VERB_QUIT)
+		return;
+	answered(c);
+	c->all_good = c->all_bad = false;
+}
+
+/* A body was run as commands: its chunk is not known there, or its DATA was refused when
+ * it had been written already. */
+static bool runs_bodies(const struct bsmtp_client *c, const struct bsmtp_client_event *event)
+{
+	if (event->verb == BSMTP_VERB_DATA)
+		return event->code / 100 != 3 && (c->due_count > 1 || c->body_octets > 0);
+	return is_chunk_due(c) && (event->code == 500 || event->code == 502);
+}
+
+/* Why it cannot be the reply to the command that it is counted for; OK if it can.  421
+ * and, but to QUIT, 221 are replies to no command: the server stops. */
+static enum bsmtp_error misplaced(const struct bsmtp_client *c,
+    const struct bsmtp_client_event *event)
+{
+	int class = event->code / 100;
+	bool quitting = due_verb(c, c->due_count - 1) == BSMTP_VERB_QUIT;
+
+	if (event->code == 421 && event->verb > BSMTP_VERB_BSMTP)
+		return BSMTP_E_STOPPED;
+	if (event->verb == BSMTP_VERB_QUIT)
+		return event->code == 221 ? BSMTP_OK : BSMTP_E_MISCOUNTED;
+	if (event->code == 221)
+		return quitting ? BSMTP_E_MISCOUNTED : BSMTP_E_STOPPED;
+	if (runs_bodies(c, event))
+		return BSMTP_E_RUN;
+	if (class == 1 || (class == 2 && event->verb == BSMTP_VERB_DATA))
+		return BSMTP_E_OUT_OF_PLACE;
+	if (class == 3 && event->verb != BSMTP_VERB_DATA && event->verb != BSMTP_VERB_AUTH)
+		return BSMTP_E_OUT_OF_PLACE;
+	return BSMTP_OK;
 }
 
 /* All replies are in, and in lockstep they tell how to go on: a message that is
@@ -2330,68 +2573,88 @@ static void find_opening(struct bsmtp_client *c, const struct bsmtp_client_event
  * MAIL that it makes room for. */
 static void take_turn(struct bsmtp_client *c)
 {
-	bool refused = c->judging && (c->mail_bad || c->verdict.code / 100 > 2);
-	bool nobody = c->judging && c->rcpts_good == 0;
+	bool refused = c->judging && decider(c) < DECIDERS;
 
-	if (c->state == CLIENT_RCPT && c->judging && c->mail_bad)
+	if (c->state == CLIENT_RCPT && c->judging && c->refused[BY_MAIL] != 0)
 		c->state = CLIENT_SKIP;
-	else if (c->state == CLIENT_BODY && c->bdat && !c->chunk_open && (refused || nobody))
+	else if (c->state == CLIENT_BODY && c->bdat && !c->chunk_open && refused)
 		c->state = CLIENT_SKIP;
 	else if (c->state == CLIENT_MAIL && needs_reset(c))
 		write_reset(c);
 }
 
-/* BDAT is not known there, and its chunk was run as commands: from here on replies
- * and what was asked no longer match. */
-static bool runs_bodies(const struct bsmtp_client *c, const struct bsmtp_client_event *event)
+/* Keeps whether all replies are of one kind; a 354 is of neither. */
+static void note_kind(struct bsmtp_client *c, int code)
 {
-	return (event->verb == BSMTP_VERB_BDAT || (event->verb == BSMTP_VERB_BODY && c->bdat)) &&
-	    (event->code == 500 || event->code == 502) &&
-	    !(c->offered & BSMTP_KEY_CHUNKING);
+	c->all_good = c->all_good && code / 100 <= 3;
+	c->all_bad = c->all_bad && code / 100 >= 3;
 }
 
-/* The last line of a reply, whatever it answers: by counting alone. */
+/* The last line of a reply is there: it answers what is due, by counting alone. */
 static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event, unsigned lines)
 {
-	bool opening;
-	int code;
+	enum bsmtp_error error;
+	int code = event->code;
+	bool firm = (c->uniform == ALL_GOOD && code / 100 == 2) ||
+	    (c->uniform == ALL_BAD && code / 100 > 3);
 
 	if (c->due_count == 0) {
-		fail(c, event, event->code == 421 ? BSMTP_E_STOPPED : BSMTP_E_UNASKED);
+		fail(c, event, code == 421 ? BSMTP_E_STOPPED : BSMTP_E_UNASKED);
 		return;
 	}
-	if (c->due[c->due_first] == BSMTP_VERB_BSMTP && c->streamed)
-		find_opening(c, event, lines);
-	event->verb = (enum bsmtp_verb)c->due[c->due_first];
-	opening = event->verb <= BSMTP_VERB_BSMTP;
-	if (!opening && (event->code == 421 || (event->code == 221 && event->verb != BSMTP_VERB_QUIT))) {
-		fail(c, event, BSMTP_E_STOPPED);
+	if (due_verb(c, 0) == BSMTP_VERB_BSMTP && c->streamed)
+		find_opening(c, code, lines);
+	if (shows_silence(c, code)) {
+		move_replies(c, event);
 		return;
 	}
-	if (!opening && event->verb != BSMTP_VERB_AUTH && (event->code / 100 == 1 ||
-	    (event->code / 100 == 3) != (event->verb == BSMTP_VERB_DATA && event->code / 100 < 4))) {
-		fail(c, event, BSMTP_E_OUT_OF_PLACE);
-		return;
-	}
-	if (runs_bodies(c, event)) {
-		fail(c, event, BSMTP_E_RUN);
+	pass_to_quit(c, code);
+	event->verb = due_verb(c, 0);
+	error = misplaced(c, event);
+	if (error != BSMTP_OK) {
+		if (error == BSMTP_E_RUN)       /* whatever the chunks before it were answered */
+			c->refused[BY_TEXT] = 0;
+		fail(c, event, error);
 		return;
 	}
 	answered(c);
-	c->all_good = c->all_good && event->code / 100 == 2;
-	c->all_bad = c->all_bad && event->code / 100 > 3;
-	code = event->code;
+	if (event->verb == BSMTP_VERB_MAIL)
+		begin_judging(c);
+	note_kind(c, code);
+	c->uniform = MIXED;
 	answer_verb(c, event);
+	event->firm = firm;
 	c->previous = code;
 	if (c->lockstep && c->due_count == 0)
 		take_turn(c);
 }
+
+/* What the enhanced status codes of a reply's lines say of it, with one line more. */
+static enum statuses add_status(enum statuses before, struct bsmtp_slice status, bool first)
+{
+	bool mail = status.len > 4 && memcmp(status.at, "2.1.", 4) == 0;
+
+	if (status.len == 0)
+		return first ? NO_STATUS : before;
+	return mail && (first || before != OTHER_STATUS) ? MAIL_STATUS : OTHER_STATUS;
+}
+
+/* Keywords have no enhanced status code in front; MAIL's reply, taken for BSMTP's, may. */
+static bool may_learn(enum bsmtp_verb verb, const struct bsmtp_reply_line *line)
+{
+	return line->code / 100 == 2 && (verb == BSMTP_VERB_EHLO ||
+	    (verb == BSMTP_VERB_BSMTP && line->status.len == 0));
+}
+
 /* One line of a reply; its event, when it is the last. */
 static void reply_line(struct bsmtp_client *c, const struct bsmtp_reply_line *line, size_t len,
     struct bsmtp_client_event *event)
 {
-	unsigned verb = c->due_count > 0 ? c->due[c->due_first] : BSMTP_VERB_UNKNOWN, lines;
+	enum bsmtp_verb verb = due_verb(c, 0);
+	unsigned lines;
 
+	c->reply_statuses = (unsigned char)add_status((enum statuses)c->reply_statuses, line->status,
+	    c->reply_lines == 0);
 	c->reply_len += len;
 	if (c->reply_len > BSMTP_REPLY_MAX) {
 		fail(c, event, BSMTP_E_REPLY_LONG);
@@ -2402,7 +2665,7 @@ static void reply_line(struct bsmtp_client *c, const struct bsmtp_reply_line *li
 	else if (line->code != c->reply_code) {
 		fail(c, event, BSMTP_E_REPLY);
 		return;
-	} else if ((verb == BSMTP_VERB_EHLO || verb == BSMTP_VERB_BSMTP) && line->code / 100 == 2)
+	} else if (may_learn(verb, line))
 		learn(c, line->text);
 	if (line->more)
 		return;
@@ -2491,7 +2754,7 @@ void bsmtp_client_secured(struct bsmtp_client *c, bool agreed)
 	c->secure = true;
 	if (!first) {
 		c->made = c->ready = c->sent = 0;
-		c->due_count = 0;
+		c->due_count = c->mails_due = 0;
 		c->opened = false;
 		c->offered = 0;
 		write_opening(c, mode_of(c)->opening);
@@ -2519,25 +2782,23 @@ void bsmtp_client_closed(struct bsmtp_client *c, struct bsmtp_client_event *even
 
 bool bsmtp_client_unsettled(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
-	/* Recipients that were not written yet, or have no reply, may be taken. */
-	bool more_rcpts = c->state == CLIENT_RCPT;
+	bool more_rcpts;
 
 	memset(event, 0, sizeof *event);
 	c->state = CLIENT_OVER;
 	while (!c->judging) {
 		if (c->due_count == 0)
 			return false;
-		if (c->due[c->due_first] == BSMTP_VERB_MAIL)
+		if (due_verb(c, 0) == BSMTP_VERB_MAIL)
 			begin_judging(c);
-		c->due_first = (c->due_first + 1) % c->due_size;
-		c->due_count--;
+		answered(c);
 	}
-	more_rcpts = c->due_count > 0 ? c->due[c->due_first] == BSMTP_VERB_RCPT : more_rcpts;
-	if (more_rcpts && !c->mail_bad) {
-		c->rcpts = 0;
-		c->verdict.code = 0;
-	}
-	give_fate(c, event, false);
+	/* Recipients that were not written yet, or have no reply, might have been taken. */
+	more_rcpts = c->due_count > 0 ? due_verb(c, 0) == BSMTP_VERB_RCPT :
+	    c->writing && !c->addressed;
+	if (more_rcpts)
+		c->refused[BY_RCPT] = 0;
+	give_fate(c, event, 0);
 	return true;
 }
 
@@ -2554,7 +2815,7 @@ size_t bsmtp_client_owed(const struct bsmtp_client *c)
 
 enum bsmtp_verb bsmtp_client_awaits(const struct bsmtp_client *c)
 {
-	return c->due_count > 0 ? (enum bsmtp_verb)c->due[c->due_first] : BSMTP_VERB_UNKNOWN;
+	return due_verb(c, 0);
 }
 
 uint64_t bsmtp_client_position(const struct bsmtp_client *c)
@@ -3908,7 +4169,8 @@ const char *bsmtp_error_text(enum bsmtp_error error)
 		[BSMTP_E_REPLY_LONG] = "the server sent a reply without end",
 		[BSMTP_E_UNASKED] = "the server sent a reply to nothing",
 		[BSMTP_E_OUT_OF_PLACE] = "the server sent a reply that cannot answer the command",
-		[BSMTP_E_RUN] = "the server knows no BDAT and took the body for commands",
+		[BSMTP_E_MISCOUNTED] = "the replies do not match the commands: too many, or too few",
+		[BSMTP_E_RUN] = "the server took a body for commands",
 		[BSMTP_E_STOPPED] = "the server ended the session",
 		[BSMTP_E_NO_TLS] = "TLS is wanted, and the server does not have it",
 		[BSMTP_E_AUTH] = "the server does not accept the name and its password",
@@ -8099,6 +8361,8 @@ static void diag_letter(struct sender *s, const struct letter *l,
 static void judge(struct sender *s, struct letter *l, const struct bsmtp_client_event *e)
 {
 	(void)verdicts_of(l);
+	for (size_t i = 0; e->doubtful && i < l->to->count; i++)
+		l->verdicts[i].fate = BSMTP_UNKNOWN;
 	settle_recipients(s, l, e);
 	s->counts[e->fate]++;
 	s->progress.messages++;
@@ -8145,6 +8409,23 @@ static void keep_rcpt(struct sender *s, const struct bsmtp_client_event *e)
 		v->status = copy_slice(e->status);
 		v->text = copy_slice(e->text);
 	}
+}
+
+/* What was told of recipients is the next ones', and this the first one's. */
+static void move_rcpts(struct sender *s, struct bsmtp_client_event *e)
+{
+	struct letter *l = s->first;
+	struct verdict *v;
+
+	if (l == NULL || l->to->count == 0)
+		return;
+	v = verdicts_of(l);
+	free(v[l->to->count - 1].status);
+	free(v[l->to->count - 1].text);
+	memmove(v + 1, v, (l->to->count - 1) * sizeof *v);
+	memset(v, 0, sizeof *v);
+	e->rcpt = 0;
+	keep_rcpt(s, e);
 }
 
 static void report_opening(struct sender *s, const char *agreed)
@@ -8345,7 +8626,7 @@ static void on_error(struct sender *s, const struct bsmtp_client_event *e)
 {
 	/* Who has refused the session for good may well hang up then: what that leaves
 	 * undone shows in the messages' fates. */
-	if (is_settled(s) || (s->hopeless && e->error == BSMTP_E_CLOSED)) {
+	if ((!is_miscount(e->error) && is_settled(s)) || (s->hopeless && e->error == BSMTP_E_CLOSED)) {
 		trace_note(&s->trace, "%s", bsmtp_error_text(e->error));
 		return;
 	}
@@ -8386,6 +8667,9 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 		break;
 	case BSMTP_CLIENT_RCPT:
 		keep_rcpt(s, e);
+		break;
+	case BSMTP_CLIENT_MOVED:
+		move_rcpts(s, e);
 		break;
 	case BSMTP_CLIENT_MESSAGE:
 		report_opening(s, s->remembered ? "remembered" : "grace");
@@ -8674,7 +8958,8 @@ static void next_rcpt(struct sender *s)
 {
 	bsmtp_client_rcpt(&s->client, slice_of(s->current->to->items[s->rcpt]),
 	    slice_of(rcpt_parameters(s->current, s->rcpt)));
-	s->rcpt++;
+	if (++s->rcpt == s->current->to->count)
+		bsmtp_client_rcpt_end(&s->client);
 }
 
 /* Whether as much is in flight as may be; then until it is half of that: a letter for

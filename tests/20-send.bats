@@ -229,7 +229,8 @@ load lib
 
 @test "with DATA a body never goes to a server that refused it" {
 	start_peer recv 'send:220 x\r\n250 x\r\n' recv:DATA \
-		'send:250 a\r\n550 a\r\n554 no valid recipients\r\n' recv:QUIT 'send:221 bye\r\n' eof
+		'send:250 a\r\n550 a\r\n554 no valid recipients\r\n' recv:QUIT \
+		'send:250 reset\r\n221 bye\r\n' eof
 	make_message >m
 	run -69 send --to b@example.net --framing data m
 	await test -e received

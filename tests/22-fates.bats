@@ -22,6 +22,217 @@ silent() {
 }
 native='250-x\r\n250-BSMTP\r\n250-PIPELINING\r\n250 CHUNKING\r\n'
 
+# --- The doubtful opening
+
+@test "silent about the opening: MAIL's own code says so, on two lines too" {
+	make_mbox 2 >m
+	for mail in '250 2.1.0 ok' '250-2.1.0 ok\r\n250 2.1.0 and welcome'; do
+		silent "$mail" '250 2.1.5 ok' '554 5.7.1 no' '250 2.0.0 reset' '250 2.1.0 ok' '250 2.1.5 ok' \
+			'250 2.0.0 stored' '221 2.0.0 bye'
+		sends 69 --to b@example.net --grace 50ms
+		assert_equal "$(fates)" 'rejected delivered'
+		assert_equal "$(decided)" '554 250'
+	done
+}
+
+@test "silent about the opening: 550 to MAIL on two lines answers nothing for certain" {
+	make_mbox 2 >m
+	silent '550-5.7.1 no' '550 5.7.1 not you' '503 5.5.1 no' '503 5.5.1 no' '250 2.0.0 reset' \
+		'250 2.1.0 ok' '250 2.1.5 ok' '250 2.0.0 stored' '221 2.0.0 bye'
+	run --separate-stderr send --to b@example.net --grace 50ms --json m
+	echo "$output" >sent.json
+	assert_equal "$status $(fates)" '75 unknown unknown'
+}
+
+@test "silent about the opening, and AUTH: nothing is delivered that was refused" {
+	certs=$BATS_FILE_TMPDIR
+	make_mbox 2 >m
+	echo sesame >password
+	for framing in bdat data; do
+		start_listener --tls --cert "$certs/good.pem" --bsmtp silent --maildir in \
+			--reply 'BODY#1=554 5.7.1 content refused'
+		run --separate-stderr send --ca "$certs/ca.pem" --tls --user u --password-file password \
+			--framing $framing --to b@example.net,c@example.net --json m
+		echo "$output" >sent.json
+		assert [ "$status" = 69 -o "$status" = 75 ]
+		[[ $(fates) =~ ^(unknown|unsent)\  ]]
+		assert_equal "$(summary rejected)" 0
+		stop_listener
+	done
+}
+
+@test "AUTH behind a silent opening, taken and refused" {
+	certs=$BATS_FILE_TMPDIR
+	make_message >m
+	echo sesame >password
+	# reply status fate
+	while read -r code status fate; do
+		start_peer "tls:$certs/good.pem" 'send:220 x\r\n' recv:QUIT \
+			"send:$code x\\r\\n250 ok\\r\\n250 ok\\r\\n554 no\\r\\n221 bye\\r\\n" eof
+		[ "$fate" = rejected ] || start_peer "tls:$certs/good.pem" 'send:220 x\r\n' recv:QUIT \
+			"send:$code x\\r\\n530 no\\r\\n503 no\\r\\n503 no\\r\\n221 bye\\r\\n" eof
+		sends "$status" --ca "$certs/ca.pem" --tls --grace 50ms --user u --password-file password --to b@example.net
+		assert_equal "$code $(fates)" "$code $fate"
+	done <<-'END'
+		235 69 rejected
+		535 77 unsent
+		530 77 unsent
+	END
+}
+
+@test "a 354 shows that the server was silent: the message gets through, each recipient has its own reply" {
+	make_message >m
+	for row in '250 550 delivered/250,rejected/550' '550 250 rejected/550,delivered/250' \
+		'250 250 delivered/250,delivered/250'; do
+		read -r first second want <<<"$row"
+		start_peer 'send:220 x\r\n' recv:DATA "send:250 ok\\r\\n$first a\\r\\n$second b\\r\\n354 go\\r\\n" \
+			recv:QUIT 'send:250 ok\r\n221 bye\r\n' eof
+		run --separate-stderr send --to a@example.net,b@example.net --grace 50ms --framing data --json m
+		echo "$output" >sent.json
+		assert_equal "$row: $(fates) $(recipients | tr ' ' /)" "$row: delivered $want"
+		await test -s received
+		grep -q 'last line' received
+		rm received
+	done
+}
+
+@test "a 354 behind a silent opening where nobody is taken: put off if one is" {
+	make_message >m
+	for row in '450 550' '550 450'; do
+		read -r first second <<<"$row"
+		start_peer 'send:220 x\r\n' recv:DATA "send:250 ok\\r\\n$first a\\r\\n$second b\\r\\n354 go\\r\\n" \
+			recv:QUIT 'send:554 no\r\n221 bye\r\n' eof
+		sends 75 --to a@example.net,b@example.net --grace 50ms --framing data
+		assert_equal "$(fates) $(decided)" 'deferred 450'
+		await test -s received
+		run -1 grep 'last line' received
+		rm received
+	done
+}
+
+@test "a late refusal of one line stops the stream" {
+	make_mbox $((SCALE > 10 ? 5000 : 100)) >m       # more than buffers hold
+	for code in 451 554; do
+		start_peer recv:MAIL "send:220 x\\r\\n$code no\\r\\n" eof
+		run ! --separate-stderr send --to b@example.net --grace 0 --json m
+		echo "$output" >sent.json
+		assert_equal "$(summary delivered) $(summary rejected)" '0 0'
+		await test -s received
+		run -1 grep QUIT received
+		rm received
+	done
+}
+
+@test "1yz or 3yz is no greeting and no reply to the opening: 76, in each manner" {
+	make_message >m
+	for mode in bsmtp early pipelining lockstep; do
+		start_peer 'send:150 wait\r\n220 x\r\n' recv \
+			'send:250 ok\r\n250 ok\r\n250 ok\r\n554 no\r\n221 bye\r\n' eof
+		run -76 send --to b@example.net --grace 0 --mode $mode m
+		start_peer 'send:220 x\r\n' recv 'send:350 go on\r\n250 ok\r\n' eof
+		run -76 send --to b@example.net --mode $mode m
+	done
+	# and where it comes late
+	start_peer recv:QUIT 'send:150 wait\r\n220 x\r\n250 x\r\n250 ok\r\n250 ok\r\n554 no\r\n221 bye\r\n' eof
+	sends 76 --to b@example.net --grace 0
+	assert_equal "$(fates)" unknown
+}
+
+# --- What decides
+
+@test "no recipient taken: put off if one was, by its reply, in either order" {
+	make_message >m
+	start_listener --maildir in --reply 'RCPT later@*=450 4.2.1 later' --reply 'RCPT no@*=550 5.1.1 no'
+	for to in later@x.example,no@x.example no@x.example,later@x.example; do
+		for mode in bsmtp early pipelining lockstep; do
+			sends 75 --to $to --mode $mode
+			assert_equal "$(fates) $(decided)" 'deferred 450'
+			[[ $stderr == *'deferred: 450 4.2.1 later'* ]]
+		done
+	done
+	sends 69 --to no@x.example,no@x.example
+	assert_equal "$(fates) $(decided)" 'rejected 550'
+	assert_equal "$(stored)" 0
+}
+
+@test "MAIL refused, and the body taken: nobody knows" {
+	make_message >m
+	start_peer recv "send:220 x\\r\\n$native" recv:QUIT 'send:550 no\r\n503 no\r\n250 stored\r\n221 bye\r\n' eof
+	sends 75 --to b@example.net
+	assert_equal "$(fates)" unknown
+}
+
+@test "AUTH put off or refused in the stream: what goes with it is unsent, and not refused" {
+	certs=$BATS_FILE_TMPDIR
+	make_mbox 3 >m
+	"$BSMTP" passwd alice <<<sesame >users
+	echo sesame >password
+	echo wrong >wrong
+	start_listener --tls --cert "$certs/good.pem" --users users --allow 127.0.0.1/32 --maildir in \
+		--reply 'AUTH#1=454 4.7.0 later'
+	sends 75 --ca "$certs/ca.pem" --tls --user alice --password-file password --to b@example.net
+	assert_equal "$(fates)" 'unsent unsent unsent'
+	[[ $stderr == *'454 4.7.0 later'* ]]
+	sends 77 --ca "$certs/ca.pem" --tls --user alice --password-file wrong --to b@example.net
+	assert_equal "$(fates)" 'unsent unsent unsent'
+	assert_equal "$(stored)" 0
+	rm listener.err
+}
+
+@test "refused late, and MAIL with it: unsent, as in the grace" {
+	make_message >m
+	for mode in bsmtp early; do
+		start_peer recv:MAIL 'send:220 x\r\n500 what\r\n503 EHLO first\r\n503 no\r\n503 no\r\n' eof
+		sends 69 --to b@example.net --grace 0 --mode $mode
+		assert_equal "$mode $(fates)" "$mode unsent"
+	done
+}
+
+# --- Chunks refused, bodies run
+
+@test "once a chunk is refused no more of the message is sent, in each manner" {
+	for mode in bsmtp early pipelining lockstep; do
+		start_listener --maildir in --reply 'BDAT#1=452 4.3.1 full' --trace
+		# More comes only when the refusal is there.
+		{
+			printf 'Subject: x\n\n'
+			yes 'a line of the message' | head -n 14000
+			await grep -qF '452 4.3.1' sent.err
+			await grep -q '"fate":"deferred"' sent.json     # told while the input waits
+			yes 'a line of the message' | head -n 40000
+		} | {
+			rm -f sent.json
+			send --to b@example.net --framing bdat --mode $mode --json -v 2>sent.err >sent.json ||
+				echo $? >status
+		}
+		assert_equal "$mode $(cat status) $(summary deferred)" "$mode 75 1"
+		run -1 grep LAST listener.err
+		run -0 grep -c '<-  RSET' listener.err
+		assert_equal "$(stored)" 0
+		stop_listener
+	done
+	rm listener.err
+}
+
+@test "DATA refused, its body on the way: it was run as commands, and the session is over" {
+	make_mbox 2 >m
+	start_peer recv 'send:220 x\r\n250-x\r\n250 BSMTP\r\n' recv:QUIT \
+		'send:250 ok\r\n250 ok\r\n554 no\r\n500 what\r\n250 ok\r\n250 ok\r\n250 ok\r\n250 ok\r\n221 bye\r\n' eof
+	sends 76 --to b@example.net --framing data
+	assert_equal "$(fates)" 'unknown unknown'
+	[[ $stderr == *'took a body for commands'* ]]
+}
+
+@test "a chunk answered 500, though CHUNKING was offered: the session is over" {
+	make_mbox 2 >m
+	for code in 500 502; do
+		start_peer recv "send:220 x\\r\\n$native" recv:QUIT \
+			"send:250 ok\\r\\n250 ok\\r\\n$code what\\r\\n250 ok\\r\\n250 ok\\r\\n250 ok\\r\\n221 bye\\r\\n" eof
+		sends 76 --to b@example.net
+		assert_equal "$(fates)" 'unknown unknown'
+	done
+}
+
 # --- Ends
 
 @test "a connection that ends without a word is 75, in each manner and at each point" {
