@@ -8034,25 +8034,33 @@ static void progress(struct progress *p, bool end)
 
 /* ==== 12 send ============================================================ */
 
-/* A message in flight: begun, its fate not known. */
+/* A fate, and the reply that decided it. */
+struct verdict {
+	enum bsmtp_fate fate;
+	enum bsmtp_verb verb;           /* the command that it answered */
+	int code;                       /* 0: there was none */
+	char *status, *text;            /* NULL where nobody asks */
+};
+
+/* A message: begun, and its fate not told yet. */
 struct letter {
 	struct letter *next;
 	uint64_t n, offset, position, octets;
-	int64_t start_us;
+	int64_t start_us, end_us;
 	const char *source, *id, *from, *parameters;    /* behind the struct */
 	const char *transid;            /* likewise; NULL: none */
 	struct list own;                /* recipients of its header, or its envelope */
 	struct list own_parameters;     /* beside each, where it is the envelope */
 	const struct list *to;          /* these, or those of the command line */
-	struct verdict {
-		enum bsmtp_fate fate;
-		int code;
-		char *status, *text;
-	} *verdicts;
+	struct verdict verdict, *verdicts;      /* on it; on each recipient */
 	size_t weight;                  /* octets of memory it takes */
 };
 
-/* What all letters in flight may take together; with it, memory is bounded. */
+/* Letters in order. */
+struct queue { struct letter *first, **last; };
+
+/* What all letters in flight may take together, and half as much those that are held;
+ * with it, memory is bounded. */
 enum { FLIGHT_MAX = 1536 << 10 };
 
 /* One connection to the server. */
@@ -8066,6 +8074,7 @@ struct dialogue {
 	bool broken;                    /* nothing can be written any more */
 	bool cut;                       /* a body has no end, and no way to say so */
 	bool gave_up;                   /* the end is ours, not the server's */
+	bool miscounted;                /* its replies did not match the commands */
 	bool again;                     /* another is to follow it */
 };
 
@@ -8080,10 +8089,12 @@ struct sender {
 	struct tls_context *tls;        /* NULL: no TLS is asked for */
 	struct progress progress;
 	char peer[128];
-	struct letter *first, **last;   /* in flight, in order */
-	struct letter *current;         /* being read: the last of them, or dropped */
+	struct queue flight;            /* begun, and no fate known */
+	struct letter *fresh;           /* it has one now, and the next reply may confirm it */
+	struct queue held;              /* that did not, so that it might yet prove wrong */
+	struct letter *current;         /* being read: the last in flight, or dropped */
 	struct header header;           /* of the message that comes next */
-	size_t weight, rcpt;
+	size_t weight, held_weight, rcpt;
 	bool laden;                     /* no letter is begun until half of that is done with */
 	uint64_t n, counts[BSMTP_FATES], octets, turnarounds, refused, strays;
 	int64_t start_us, connect_us, grace_us;
@@ -8103,13 +8114,42 @@ struct sender {
 	size_t raw_len;
 };
 
+static void queue_add(struct queue *q, struct letter *l)
+{
+	if (q->first == NULL)
+		q->last = &q->first;
+	l->next = NULL;
+	*q->last = l;
+	q->last = &l->next;
+}
+
+static struct letter *queue_take(struct queue *q)
+{
+	struct letter *l = q->first;
+
+	q->first = l->next;
+	return l;
+}
+
+static void verdict_free(struct verdict *v)
+{
+	free(v->status);
+	free(v->text);
+	memset(v, 0, sizeof *v);
+}
+
+/* Nothing is known of its recipients. */
+static void forget_recipients(struct letter *l)
+{
+	for (size_t i = 0; l->verdicts != NULL && i < l->to->count; i++)
+		verdict_free(&l->verdicts[i]);
+}
+
 static void letter_free(struct sender *s, struct letter *l)
 {
 	s->weight -= l->weight;
-	for (size_t i = 0; l->verdicts != NULL && i < l->to->count; i++) {
-		free(l->verdicts[i].status);
-		free(l->verdicts[i].text);
-	}
+	verdict_free(&l->verdict);
+	forget_recipients(l);
 	free(l->verdicts);
 	list_free(&l->own);
 	list_free(&l->own_parameters);
@@ -8244,6 +8284,7 @@ static struct letter *letter_new(struct sender *s)
 	l->transid = *transid != '\0' ? pack(&at, transid) : NULL;
 	l->weight = size + 64;
 	address_letter(s, l);
+	l->weight += (l->to->count + 1) * sizeof *l->verdicts;
 	list_free(&s->header.to);
 	s->weight += l->weight;
 	return l;
@@ -8256,9 +8297,10 @@ static const char *rcpt_parameters(const struct letter *l, size_t i)
 	    or_empty(options.rcpt_parameters);
 }
 
-static void report_json(struct sender *s, const struct letter *l,
-    const struct bsmtp_client_event *e)
+static void report_json(const struct sender *s, const struct letter *l)
 {
+	const struct verdict *v = &l->verdict;
+
 	json_begin(stdout, "message", s->start_us);
 	printf(",\"n\":%llu", (unsigned long long)l->n);
 	json_key(stdout, "source", slice_of(l->source));
@@ -8267,56 +8309,56 @@ static void report_json(struct sender *s, const struct letter *l,
 	json_text_or_null(stdout, "transid", l->transid);
 	json_key(stdout, "from", slice_of(l->from));
 	printf(",\"octets\":%llu,\"fate\":\"%s\",\"to\":[", (unsigned long long)l->octets,
-	    bsmtp_fate_name(e->fate));
+	    bsmtp_fate_name(v->fate));
 	for (size_t i = 0; i < l->to->count; i++) {
-		const struct verdict *v = &l->verdicts[i];
+		const struct verdict *r = &l->verdicts[i];
 		fputs(i > 0 ? ",{\"address\":" : "{\"address\":", stdout);
 		json_string(stdout, slice_of(l->to->items[i]));
-		printf(",\"fate\":\"%s\",\"code\":%d", bsmtp_fate_name(v->fate), v->code);
+		printf(",\"fate\":\"%s\",\"code\":%d", bsmtp_fate_name(r->fate), r->code);
+		json_key(stdout, "status", slice_of(or_empty(r->status)));
+		json_key(stdout, "text", slice_of(or_empty(r->text)));
+		putchar('}');
+	}
+	fputs("],\"reply\":", stdout);
+	if (v->code == 0) {
+		fputs("null", stdout);
+	} else {
+		printf("{\"code\":%d", v->code);
 		json_key(stdout, "status", slice_of(or_empty(v->status)));
 		json_key(stdout, "text", slice_of(or_empty(v->text)));
 		putchar('}');
 	}
-	fputs("],\"reply\":", stdout);
-	if (e->code == 0) {
-		fputs("null", stdout);
-	} else {
-		printf("{\"code\":%d", e->code);
-		json_key(stdout, "status", e->status);
-		json_key(stdout, "text", e->text);
-		putchar('}');
-	}
-	printf(",\"seconds\":%.3f}\n", (double)(now_us() - l->start_us) / 1e6);
+	printf(",\"seconds\":%.3f}\n", (double)(l->end_us - l->start_us) / 1e6);
 }
 
-static void diag_fate(const struct letter *l, const char *to, enum bsmtp_fate fate, int code,
-    struct bsmtp_slice status, struct bsmtp_slice text)
+static void diag_fate(const struct letter *l, const char *to, const struct verdict *v)
 {
+	const char *status = or_empty(v->status);
 	char reply[1024] = "";
 
-	if (code != 0)
-		snprintf(reply, sizeof reply, ": %d %.*s%s%.*s", code, (int)status.len, status.at,
-		    status.len > 0 ? " " : "", (int)min_size(text.len, 900), text.at);
+	if (v->code != 0)
+		snprintf(reply, sizeof reply, ": %d %s%s%.900s", v->code, status,
+		    *status != '\0' ? " " : "", or_empty(v->text));
 	diag("%s: message %llu (offset %llu)%s%s%s: %s%s", shown(l->source), (unsigned long long)l->n,
 	    (unsigned long long)l->offset, *to != '\0' ? " to <" : "", to, *to != '\0' ? ">" : "",
-	    bsmtp_fate_name(fate), reply);
+	    bsmtp_fate_name(v->fate), reply);
 }
 
 /* A recipient's fate is its own refusal, else the message's. */
-static void settle_recipients(struct sender *s, struct letter *l,
-    const struct bsmtp_client_event *e)
+static void settle_recipients(struct sender *s, struct letter *l)
 {
+	const struct verdict *all = &l->verdict;
+
 	for (size_t i = 0; i < l->to->count; i++) {
 		struct verdict *v = &l->verdicts[i];
-		bool own = (v->fate == BSMTP_REJECTED || v->fate == BSMTP_DEFERRED) && e->verb != BSMTP_VERB_MAIL &&
-		    e->fate != BSMTP_UNSENT;
-		if (own && e->fate == BSMTP_DELIVERED)
-			diag_fate(l, l->to->items[i], v->fate, v->code,
-			    slice_of(or_empty(v->status)), slice_of(or_empty(v->text)));
+		bool refused = v->fate == BSMTP_REJECTED || v->fate == BSMTP_DEFERRED;
+		bool own = refused && all->verb != BSMTP_VERB_MAIL && all->fate != BSMTP_UNSENT;
+		if (own && all->fate == BSMTP_DELIVERED)
+			diag_fate(l, l->to->items[i], v);
 		if (!own)
-			v->fate = e->fate;
+			v->fate = all->fate;
 		if (v->fate == BSMTP_REJECTED)  /* 530: only under TLS, or with a name (RFC 3207, 4954) */
-			worst(&s->status, (own ? v->code : e->code) == 530 ? EX_NOPERM : EX_UNAVAILABLE);
+			worst(&s->status, (own ? v->code : all->code) == 530 ? EX_NOPERM : EX_UNAVAILABLE);
 		else if (v->fate == BSMTP_DEFERRED)
 			worst(&s->status, EX_TEMPFAIL);
 	}
@@ -8344,88 +8386,150 @@ static void diag_doubt(struct sender *s)
 	s->doubt_first = s->doubt_last = 0;
 }
 
-static void diag_letter(struct sender *s, const struct letter *l,
-    const struct bsmtp_client_event *e)
+static void diag_letter(struct sender *s, const struct letter *l)
 {
-	if (e->fate == BSMTP_UNKNOWN) {
+	enum bsmtp_fate fate = l->verdict.fate;
+
+	if (fate == BSMTP_UNKNOWN) {
 		if (s->doubt_last + 1 != l->n)
 			diag_doubt(s);
 		s->doubt_first = s->doubt_first == 0 ? l->n : s->doubt_first;
 		s->doubt_last = l->n;
-	} else if (e->fate != BSMTP_DELIVERED && e->fate != BSMTP_UNSENT) {
-		diag_fate(l, "", e->fate, e->code, e->status, e->text);
+	} else if (fate != BSMTP_DELIVERED && fate != BSMTP_UNSENT) {
+		diag_fate(l, "", &l->verdict);
 	}
 }
 
-/* The fate of a message is known: it is counted, told, and forgotten. */
-static void judge(struct sender *s, struct letter *l, const struct bsmtp_client_event *e)
+/* A fate is final: it is counted, told, and the letter forgotten. */
+static void tell(struct sender *s, struct letter *l)
 {
+	enum bsmtp_fate fate = l->verdict.fate;
+
 	(void)verdicts_of(l);
-	for (size_t i = 0; e->doubtful && i < l->to->count; i++)
-		l->verdicts[i].fate = BSMTP_UNKNOWN;
-	settle_recipients(s, l, e);
-	s->counts[e->fate]++;
+	settle_recipients(s, l);
+	s->counts[fate]++;
 	s->progress.messages++;
-	if (e->fate == BSMTP_DELIVERED)
+	if (fate == BSMTP_DELIVERED)
 		s->octets += l->octets;
-	diag_letter(s, l, e);
-	if (e->fate == BSMTP_UNKNOWN || (e->fate == BSMTP_UNSENT && !s->hopeless &&
-	    options.output == NULL))
+	diag_letter(s, l);
+	if (fate == BSMTP_UNKNOWN || (fate == BSMTP_UNSENT && !s->hopeless && options.output == NULL))
 		worst(&s->status, EX_TEMPFAIL);
-	s->refused += e->fate == BSMTP_REJECTED || e->fate == BSMTP_DEFERRED;
 	if (options.json)
-		report_json(s, l, e);
-	if (s->current == l)
-		s->current = NULL;
+		report_json(s, l);
 	letter_free(s, l);
 }
 
-/* The fate of the first message in flight is known. */
-static void settle(struct sender *s, struct bsmtp_client_event *e)
+/* The current letter was not sent; its fate is there already, and none of a server's. */
+static void drop(struct sender *s)
 {
-	struct letter *l = s->first;
+	struct letter *l = s->current;
+
+	s->current = NULL;
+	l->end_us = now_us();
+	s->refused += l->verdict.fate == BSMTP_REJECTED;
+	tell(s, l);
+}
+
+/* ---- fates that are held ----
+ *
+ * Replies are matched with commands by counting.  A server that leaves one out, or has
+ * one too many, shifts all that follow, and nothing tells of it but the end: QUIT gets
+ * another reply than 221.  So a fate that would have been another with the replies
+ * shifted by one waits for the end.  It is told earlier where nothing is due, or where
+ * too much is held. */
+
+/* The first of those held is told.  Where the counting was out, nothing is known of it. */
+static void tell_first_held(struct sender *s)
+{
+	struct letter *l = queue_take(&s->held);
+
+	s->held_weight -= l->weight;
+	if (s->on.miscounted) {
+		verdict_free(&l->verdict);
+		l->verdict.fate = BSMTP_UNKNOWN;
+		forget_recipients(l);
+	}
+	tell(s, l);
+}
+
+static void hold_fresh(struct sender *s)
+{
+	if (s->fresh == NULL)
+		return;
+	queue_add(&s->held, s->fresh);
+	s->held_weight += s->fresh->weight;
+	s->fresh = NULL;
+	while (s->held_weight > FLIGHT_MAX / 2)
+		tell_first_held(s);
+}
+
+static void tell_held(struct sender *s)
+{
+	hold_fresh(s);
+	while (s->held.first != NULL)
+		tell_first_held(s);
+}
+
+/* Keeps a reply's words where somebody asks for them. */
+static void keep_reply(struct sender *s, struct letter *l, struct verdict *v,
+    const struct bsmtp_client_event *e)
+{
+	size_t weight = e->status.len + e->text.len + 2;
+
+	*v = (struct verdict){ .fate = e->fate, .verb = e->verb, .code = e->code };
+	if (e->code == 0 || (e->fate == BSMTP_DELIVERED && !options.json))
+		return;
+	v->status = copy_slice(e->status);
+	v->text = copy_slice(e->text);
+	l->weight += weight;
+	s->weight += weight;
+}
+
+/* The fate of the first message in flight is known, as far as counting goes. */
+static void settle(struct sender *s, const struct bsmtp_client_event *e)
+{
+	struct letter *l = s->flight.first;
 
 	if (l == NULL)
 		return;
+	(void)queue_take(&s->flight);
+	if (s->current == l)
+		s->current = NULL;
+	l->end_us = options.json ? now_us() : 0;
+	keep_reply(s, l, &l->verdict, e);
 	if (e->fate == BSMTP_UNKNOWN && l->position >= bsmtp_client_sent_total(&s->client))
-		e->fate = BSMTP_UNSENT;
-	s->first = l->next;
-	if (s->first == NULL)
-		s->last = &s->first;
-	judge(s, l, e);
+		l->verdict.fate = BSMTP_UNSENT;
+	if (e->doubtful)
+		forget_recipients(l);
+	s->refused += e->fate == BSMTP_REJECTED || e->fate == BSMTP_DEFERRED;
+	if (e->code == 0) {             /* no reply decided it, so none can be another's */
+		tell(s, l);
+		return;
+	}
+	hold_fresh(s);
+	s->fresh = l;
 }
 
 static void keep_rcpt(struct sender *s, const struct bsmtp_client_event *e)
 {
-	struct letter *l = s->first;
-	struct verdict *v;
+	struct letter *l = s->flight.first;
 
-	if (l == NULL || e->rcpt >= l->to->count)
-		return;
-	v = &verdicts_of(l)[e->rcpt];
-	v->fate = e->fate;
-	v->code = e->code;
-	if (options.json || e->fate != BSMTP_DELIVERED) {       /* else nobody asks */
-		v->status = copy_slice(e->status);
-		v->text = copy_slice(e->text);
-	}
+	if (l != NULL && e->rcpt < l->to->count)
+		keep_reply(s, l, &verdicts_of(l)[e->rcpt], e);
 }
 
 /* What was told of recipients is the next ones', and this the first one's. */
-static void move_rcpts(struct sender *s, struct bsmtp_client_event *e)
+static void move_rcpts(struct sender *s, const struct bsmtp_client_event *e)
 {
-	struct letter *l = s->first;
+	struct letter *l = s->flight.first;
 	struct verdict *v;
 
 	if (l == NULL || l->to->count == 0)
 		return;
 	v = verdicts_of(l);
-	free(v[l->to->count - 1].status);
-	free(v[l->to->count - 1].text);
+	verdict_free(&v[l->to->count - 1]);
 	memmove(v + 1, v, (l->to->count - 1) * sizeof *v);
-	memset(v, 0, sizeof *v);
-	e->rcpt = 0;
-	keep_rcpt(s, e);
+	keep_reply(s, l, v, e);
 }
 
 static void report_opening(struct sender *s, const char *agreed)
@@ -8616,17 +8720,18 @@ static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 	}
 }
 
-/* Only QUIT's reply is missing: whatever comes in its place changes nothing. */
+/* Only QUIT's reply is missing: that none comes changes nothing. */
 static bool is_settled(const struct sender *s)
 {
-	return s->first == NULL && (s->on.again || (s->source_over && !s->ready));
+	return s->flight.first == NULL && (s->on.again || (s->source_over && !s->ready));
 }
 
 static void on_error(struct sender *s, const struct bsmtp_client_event *e)
 {
+	s->on.miscounted = s->on.miscounted || is_miscount(e->error);
 	/* Who has refused the session for good may well hang up then: what that leaves
 	 * undone shows in the messages' fates. */
-	if ((!is_miscount(e->error) && is_settled(s)) || (s->hopeless && e->error == BSMTP_E_CLOSED)) {
+	if ((!s->on.miscounted && is_settled(s)) || (s->hopeless && e->error == BSMTP_E_CLOSED)) {
 		trace_note(&s->trace, "%s", bsmtp_error_text(e->error));
 		return;
 	}
@@ -8637,8 +8742,21 @@ static void on_error(struct sender *s, const struct bsmtp_client_event *e)
 		worst(&s->status, status_of(e->error));
 }
 
+/* QUIT was answered: that is the end, if nothing follows its reply. */
+static void on_quit(struct sender *s, size_t left)
+{
+	struct bsmtp_client_event more = { .type = BSMTP_CLIENT_ERROR, .error = BSMTP_E_MISCOUNTED };
+
+	if (left > 0 || link_read(&s->on.link, s->in, sizeof s->in) > 0)
+		on_error(s, &more);
+}
+
 static void on_event(struct sender *s, struct bsmtp_client_event *e)
 {
+	if (e->firm && s->fresh != NULL) {
+		tell(s, s->fresh);
+		s->fresh = NULL;
+	}
 	switch (e->type) {
 	case BSMTP_CLIENT_NONE:
 	case BSMTP_CLIENT_SECURE:
@@ -8832,7 +8950,6 @@ static bool write_detour(struct sender *s, FILE *body, FILE *batch, size_t rcpt_
 static void take_detour(struct sender *s, size_t rcpt_max)
 {
 	FILE *body = tmpfile(), *batch = tmpfile();
-	struct bsmtp_client_event unsent;
 	struct source *detour;
 	int fd = -1;
 
@@ -8847,8 +8964,7 @@ static void take_detour(struct sender *s, size_t rcpt_max)
 	if (batch != NULL)
 		(void)fclose(batch);
 	if (fd < 0) {
-		memset(&unsent, 0, sizeof unsent);
-		judge(s, s->current, &unsent);
+		drop(s);
 		return;
 	}
 	letter_free(s, s->current);
@@ -8875,10 +8991,6 @@ static void begin_letter(struct sender *s, uint64_t rcpt_max)
 	l = s->current = letter_new(s);
 	s->ready = false;
 	s->rcpt = 0;
-	if (why == NULL && rcpt_max > 0 && l->to->count > rcpt_max && s->detour == NULL) {
-		take_detour(s, (size_t)rcpt_max);
-		return;
-	}
 	if (why != NULL) {
 		diag("%s: message %llu (offset %llu): %s", shown(l->source), (unsigned long long)l->n,
 		    (unsigned long long)l->offset, why);
@@ -8886,8 +8998,11 @@ static void begin_letter(struct sender *s, uint64_t rcpt_max)
 		s->dropping = true;
 		return;
 	}
-	*s->last = l;
-	s->last = &l->next;
+	if (rcpt_max > 0 && l->to->count > rcpt_max && s->detour == NULL) {
+		take_detour(s, (size_t)rcpt_max);
+		return;
+	}
+	queue_add(&s->flight, l);
 	l->position = UINT64_MAX;
 	s->on.transactions++;
 	bsmtp_client_mail(&s->client, slice_of(l->from), needs_utf8(s),
@@ -8922,13 +9037,10 @@ static enum got move_text(struct sender *s, bool drop)
 /* Reads a message that is not to be sent to its end; false when it must wait. */
 static bool drop_letter(struct sender *s)
 {
-	struct bsmtp_client_event e;
-
 	if (move_text(s, true) == GOT_WAIT)
 		return false;
-	memset(&e, 0, sizeof e);
 	if (s->current != NULL)
-		judge(s, s->current, &e);
+		drop(s);
 	s->dropping = false;
 	return true;
 }
@@ -8966,7 +9078,7 @@ static void next_rcpt(struct sender *s)
  * each reply, where the server is the slower one, would make every write a small one. */
 static bool fully_laden(struct sender *s)
 {
-	s->laden = s->weight > (s->laden ? FLIGHT_MAX / 2 : FLIGHT_MAX);
+	s->laden = s->weight - s->held_weight > (s->laden ? FLIGHT_MAX / 2 : FLIGHT_MAX);
 	return s->laden;
 }
 
@@ -9355,6 +9467,8 @@ static void read_replies(struct sender *s)
 		if (grace && s->on.grace_waited && bsmtp_client_want(&s->client) != BSMTP_WANT_GRACE)
 			s->grace_us = now_us() - s->on.grace_start_us;
 		on_event(s, &e);
+		if (e.type == BSMTP_CLIENT_QUIT)
+			on_quit(s, (size_t)n - used);
 		if (e.type == BSMTP_CLIENT_SECURE) {
 			turn_to_tls(s, slice(s->in + used, (size_t)n - used));
 			return;
@@ -9433,6 +9547,8 @@ static void converse(struct sender *s)
 			s->on.half_closed = true;
 			link_finish(&s->on.link);
 		}
+		if (s->source_waits && bsmtp_client_owed(&s->client) == 0)
+			tell_held(s);   /* whoever reads along is not to wait for the input */
 		count_turnaround(s);
 		show_progress(s);
 		wait_for_more(s);
@@ -9450,7 +9566,7 @@ static void settle_rest(struct sender *s)
 
 	while (bsmtp_client_unsettled(&s->client, &e))
 		on_event(s, &e);
-	memset(&e, 0, sizeof e);
+	tell_held(s);
 	end = now_us() + PATIENCE_US;
 	for (;;) {
 		struct pollfd p = { s->input->fd, POLLIN, 0 };
@@ -9469,7 +9585,7 @@ static void settle_rest(struct sender *s)
 			diag("%s: the rest of the input was not read", shown(s->input->name));
 			worst(&s->status, EX_TEMPFAIL);
 			if (s->current != NULL)
-				judge(s, s->current, &e);
+				drop(s);
 			return;
 		}
 	}
@@ -9507,12 +9623,10 @@ static void report_summary(struct sender *s)
  * out again, where the file lets it; else nothing may follow it. */
 static bool write_batch_message(struct sender *s, FILE *f)
 {
-	struct bsmtp_client_event unsent;
 	off_t at = ftello(f);
 	const char *why = unsendable(s);
 	bool whole;
 
-	memset(&unsent, 0, sizeof unsent);
 	s->current = letter_new(s);
 	s->ready = false;
 	if (why != NULL) {
@@ -9526,7 +9640,7 @@ static bool write_batch_message(struct sender *s, FILE *f)
 	whole = write_batch_text(s, f);
 	if (whole)
 		fputs(".\r\n", f);
-	judge(s, s->current, &unsent);
+	drop(s);
 	return whole || (at >= 0 && fflush(f) == 0 && fseeko(f, at, SEEK_SET) == 0 &&
 	    ftruncate(fileno(f), at) == 0);
 }
@@ -9679,7 +9793,8 @@ static int hold_dialogue(struct sender *s)
 	if (s->config.no_grace && s->config.mode == BSMTP_MODE_BSMTP && !s->config.await_greeting)
 		trace_note(&s->trace, "no grace");
 	converse(s);
-	s->on.again = s->on.again && s->first == NULL;
+	tell_held(s);
+	s->on.again = s->on.again && s->flight.first == NULL && !s->on.miscounted;
 	s->strays += bsmtp_client_strays(&s->client);
 	wipe(s->out, options.user != NULL ? sizeof s->out : 0);
 	if (is_tls(&s->on.link) && !s->on.broken && !s->on.cut)
@@ -9820,7 +9935,6 @@ static int send_main(void)
 	int status;
 
 	memset(s, 0, sizeof *s);
-	s->last = &s->first;
 	s->on.link = (struct link){ -1, -1, NULL };
 	s->automatic = options.mode == BSMTP_MODES;
 	s->fallback = (enum bsmtp_mode)options.fallback;

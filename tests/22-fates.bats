@@ -30,8 +30,8 @@ native='250-x\r\n250-BSMTP\r\n250-PIPELINING\r\n250 CHUNKING\r\n'
 		silent "$mail" '250 2.1.5 ok' '554 5.7.1 no' '250 2.0.0 reset' '250 2.1.0 ok' '250 2.1.5 ok' \
 			'250 2.0.0 stored' '221 2.0.0 bye'
 		sends 69 --to b@example.net --grace 50ms
-		assert_equal "$(fates)" 'rejected delivered'
-		assert_equal "$(decided)" '554 250'
+		assert_equal "$(fates)" 'delivered rejected'    # the first one waits for QUIT's 221
+		assert_equal "$(decided)" '250 554'
 	done
 }
 
@@ -231,6 +231,113 @@ native='250-x\r\n250-BSMTP\r\n250-PIPELINING\r\n250 CHUNKING\r\n'
 		sends 76 --to b@example.net
 		assert_equal "$(fates)" 'unknown unknown'
 	done
+}
+
+# --- One reply too many or too few
+
+@test "one reply too many: QUIT tells, and what that may have shifted is unknown" {
+	make_mbox 3 >m
+	start_peer recv "send:220 x\\r\\n$native" recv:QUIT 'send:250 a\r\n250 a\r\n250 a\r\n250 too many\r\n' \
+		'send:250 b\r\n250 b\r\n250 b\r\n250 c\r\n250 c\r\n554 c\r\n221 bye\r\n' eof
+	sends 76 --to b@example.net
+	assert_equal "$(fates)" 'delivered delivered unknown'
+	[[ $stderr == *'the replies do not match the commands'*'554 c'* ]]
+}
+
+@test "one reply too few: 221 comes too early, and what that may have shifted is unknown" {
+	make_mbox 3 >m
+	start_peer recv "send:220 x\\r\\n$native" recv:QUIT 'send:550 a\r\n503 a\r\n503 a\r\n250 b\r\n250 b\r\n' \
+		'send:250 c\r\n250 c\r\n250 c\r\n221 bye\r\n' eof
+	sends 76 --to b@example.net
+	# of the first, sent behind the opening's 250, and of the last nothing is certain
+	assert_equal "$(fates | tr ' ' '\n' | sort | xargs)" 'unknown unknown unknown'
+	[[ $stderr == *'the replies do not match the commands'* ]]
+}
+
+@test "a reply behind the 221, or another in its place: unknown what the next reply did not confirm" {
+	make_mbox 3 >m
+	for end in '221 bye\r\n250 more\r\n' '221 bye\r\nxx' '250 bye\r\n' '354 bye\r\n'; do
+		start_peer recv "send:220 x\\r\\n$native" recv:QUIT \
+			'send:250 a\r\n250 a\r\n554 a\r\n250 b\r\n250 b\r\n250 b\r\n250 c\r\n250 c\r\n' \
+			"send:250 c\\r\\n$end" eof
+		sends 76 --to b@example.net
+		# the second has a refusal before it, the third has not
+		case $end in 221*) want='delivered unknown unknown' ;; *) want='unknown unknown unknown' ;; esac
+		assert_equal "$(fates)" "$want"
+	done
+}
+
+@test "421, or nothing, in place of QUIT's reply changes nothing" {
+	make_message >m
+	for end in '421 stopping\r\n' ''; do
+		start_peer recv "send:220 x\\r\\n$native" recv:QUIT "send:250 a\\r\\n250 a\\r\\n554 a\\r\\n$end" close
+		sends 69 --to b@example.net
+		assert_equal "$(fates) $(decided)" 'rejected 554'
+	done
+}
+
+@test "a recipient's refusal, too, is unknown where the counting was out" {
+	make_message >m
+	start_peer recv "send:220 x\\r\\n$native" recv:QUIT 'send:250 a\r\n550 a\r\n250 b\r\n250 stored\r\n250 bye\r\n' eof
+	sends 76 --to a@example.net,b@example.net
+	assert_equal "$(fates) $(recipients)" 'unknown unknown 0,unknown 0'
+	assert_equal "$(grep -c 550 <<<"$stderr")" 0
+}
+
+@test "what is confirmed is told at once, the rest where the input waits and nothing is due" {
+	make_mbox 4 >m
+	start_listener --discard --reply 'BODY#2=554 5.6.0 no'
+	line=$(grep -n '^From ' m | sed -n '3s/:.*//p')
+	has_fates() { jq -r 'select(.event == "message") | .fate' sent.json 2>/dev/null | xargs | grep -qx "$1"; }
+	{
+		head -n "$line" m
+		await has_fates 'delivered rejected' >&2
+		tail -n +$((line + 1)) m
+	} | {
+		send --to bob@example.net --json >sent.json || [ $? = 69 ]
+	}
+	assert_equal "$(summary delivered) $(summary rejected)" '3 1'
+}
+
+@test "no more is held than memory is for: what comes first is told as it was counted" {
+	n=$((SCALE * 40))
+	[ "${BSMTP_BUILD:-}" != torture ] || n=2500
+	awk -v n=$n 'BEGIN { for (i = 1; i <= n; i++)
+		print "From a@example.org Mon Nov 23 12:00:00 2026\nSubject: " i "\n\nx\n" }' >m
+	/usr/bin/python3 - $n >port 3>&- <<'PY' &
+import re, socket, sys
+n = int(sys.argv[1])
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+listener.listen(1)
+print(listener.getsockname()[1], flush=True)
+peer, _ = listener.accept()
+f = peer.makefile("rwb")
+f.write(b"220 x\r\n")
+for line in iter(f.readline, b""):
+    if line.startswith(b"BSMTP"):
+        f.write(b"250-x\r\n250-BSMTP\r\n250 CHUNKING\r\n")
+        f.flush()
+    elif line.startswith(b"BDAT"):
+        f.read(int(line.split()[1]))
+        f.write(b"554 5.7.1 " + b"no " * 60 + b"\r\n")
+        f.flush()
+    elif line.startswith(b"QUIT"):
+        f.write(b"250 what?\r\n221 bye\r\n")
+        f.flush()
+        break
+    else:
+        f.write(b"250 ok\r\n")
+PY
+	pids+=($!)
+	await test -s port
+	address=127.0.0.1:$(cat port)
+	sends 76 --to b@example.net
+	assert_equal "$(($(summary rejected) + $(summary unknown)))" $n
+	assert [ "$(summary rejected)" -gt 100 ]
+	assert [ "$(summary unknown)" -gt 300 ]
+	# the oldest were told
+	assert_equal "$(fates | tr ' ' '\n' | uniq | xargs)" 'rejected unknown'
 }
 
 # --- Ends
