@@ -1768,13 +1768,15 @@ enum bsmtp_want bsmtp_client_want(const struct bsmtp_client *c)
 	return BSMTP_WANT_NOTHING;
 }
 
-/* What may be used without having been offered: by prearrangement all of it,
- * in the other manners nothing. */
+/* What may be used of BSMTP without having been offered: that is prearranged. */
+enum { PREARRANGED = BSMTP_KEY_PIPELINING | BSMTP_KEY_CHUNKING | BSMTP_KEY_8BITMIME |
+	BSMTP_KEY_SMTPUTF8 | BSMTP_KEY_SIZE };
+
 static unsigned client_keys(const struct bsmtp_client *c)
 {
-	if (c->opened || mode_of(c)->opening != BSMTP_VERB_BSMTP)
-		return c->offered;
-	return BSMTP_KEYS_ALL;
+	bool unheard = !c->opened && mode_of(c)->opening == BSMTP_VERB_BSMTP;
+
+	return c->offered | (unheard ? PREARRANGED : 0);
 }
 
 /* The esmtp-params that are passed on, and what must be offered for each. */
@@ -2017,6 +2019,16 @@ void bsmtp_client_quit(struct bsmtp_client *c)
 	write_line(c, BSMTP_VERB_QUIT, slice_of("QUIT"));
 	c->streamed = true;
 	c->state = CLIENT_QUIT;
+}
+
+bool bsmtp_client_await_opening(struct bsmtp_client *c)
+{
+	bool due = c->due_count > 0 && due_verb(c, 0) <= BSMTP_VERB_BSMTP;
+
+	if (c->state != CLIENT_MAIL || !due || (c->offered & BSMTP_KEY_BSMTP))
+		return false;
+	c->state = mode_of(c)->opening == BSMTP_VERB_BSMTP ? CLIENT_GRACE : CLIENT_OPENING;
+	return true;
 }
 
 const char *bsmtp_client_out(const struct bsmtp_client *c, size_t *len)
@@ -2481,10 +2493,13 @@ static bool answers_opening(const struct bsmtp_client *c, int code, unsigned lin
  * to the counting it is looked at; what cannot be told stays open. */
 static void find_opening(struct bsmtp_client *c, int code, unsigned lines)
 {
-	if (answers_next(c, code))
+	if (answers_next(c, code)) {
 		answered(c);
-	else if (!answers_opening(c, code, lines))
+		if (c->state == CLIENT_GRACE)
+			c->state = CLIENT_MAIL;         /* it would wait in vain */
+	} else if (!answers_opening(c, code, lines)) {
 		c->alignment = DOUBTFUL;
+	}
 }
 
 /* In doubt: whether it is a 354 that cannot be the reply to the last RCPT, but that to
@@ -2763,6 +2778,8 @@ void bsmtp_client_secured(struct bsmtp_client *c, bool agreed)
 		c->state = CLIENT_MAIL;
 	if (agreed)
 		c->offered |= BSMTP_KEY_BSMTP;  /* and all that comes with it */
+	else if (!c->opened)
+		c->offered &= ~(unsigned)BSMTP_KEY_BSMTP;
 }
 
 void bsmtp_client_closed(struct bsmtp_client *c, struct bsmtp_client_event *event)
@@ -2831,6 +2848,11 @@ uint64_t bsmtp_client_sent_total(const struct bsmtp_client *c)
 unsigned bsmtp_client_offered(const struct bsmtp_client *c)
 {
 	return c->offered;
+}
+
+unsigned bsmtp_client_usable(const struct bsmtp_client *c)
+{
+	return client_keys(c);
 }
 
 bool bsmtp_client_in_lockstep(const struct bsmtp_client *c)
@@ -8049,6 +8071,7 @@ struct letter {
 	int64_t start_us, end_us;
 	const char *source, *id, *from, *parameters;    /* behind the struct */
 	const char *transid;            /* likewise; NULL: none */
+	bool identified;                /* it has left, with the message */
 	struct list own;                /* recipients of its header, or its envelope */
 	struct list own_parameters;     /* beside each, where it is the envelope */
 	const struct list *to;          /* these, or those of the command line */
@@ -8278,8 +8301,8 @@ static struct letter *letter_new(struct sender *s)
 	l->source = pack(&at, source);
 	l->id = pack(&at, s->header.id);
 	l->from = pack(&at, from);
-	snprintf(parameters, sizeof parameters, "%s%s%s", given, named ? " TRANSID=" : "",
-	    named ? transid : "");
+	snprintf(parameters, sizeof parameters, "%s%s%s", named ? " TRANSID=" : "",
+	    named ? transid : "", given);       /* in front, there is always room for it */
 	l->parameters = pack(&at, parameters);
 	l->transid = *transid != '\0' ? pack(&at, transid) : NULL;
 	l->weight = size + 64;
@@ -8306,7 +8329,7 @@ static void report_json(const struct sender *s, const struct letter *l)
 	json_key(stdout, "source", slice_of(l->source));
 	printf(",\"offset\":%llu", (unsigned long long)l->offset);
 	json_key(stdout, "id", slice_of(l->id));
-	json_text_or_null(stdout, "transid", l->transid);
+	json_text_or_null(stdout, "transid", l->identified ? l->transid : NULL);
 	json_key(stdout, "from", slice_of(l->from));
 	printf(",\"octets\":%llu,\"fate\":\"%s\",\"to\":[", (unsigned long long)l->octets,
 	    bsmtp_fate_name(v->fate));
@@ -8801,6 +8824,15 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 
 /* ---- writing the stream ---- */
 
+/* A refusal takes one round trip to come, as connecting did. */
+static int64_t default_grace(const struct sender *s)
+{
+	/* A connection opened fast has measured nothing. */
+	int64_t scaled = 3 * s->connect_us + (options.fastopen ? 1000000 : 200000);
+
+	return scaled < 5000000 ? scaled : 5000000;
+}
+
 /* What was made of a message too wide is all read. */
 static void end_detour(struct sender *s)
 {
@@ -8986,6 +9018,7 @@ static void take_detour(struct sender *s, size_t rcpt_max)
 static void begin_letter(struct sender *s, uint64_t rcpt_max)
 {
 	const char *why = unsendable(s);
+	unsigned usable = bsmtp_client_usable(&s->client);
 	struct letter *l;
 
 	l = s->current = letter_new(s);
@@ -9004,6 +9037,7 @@ static void begin_letter(struct sender *s, uint64_t rcpt_max)
 	}
 	queue_add(&s->flight, l);
 	l->position = UINT64_MAX;
+	l->identified = (usable & BSMTP_KEY_BSMTP) != 0;
 	s->on.transactions++;
 	bsmtp_client_mail(&s->client, slice_of(l->from), needs_utf8(s),
 	    s->input->format == FORMAT_MESSAGE ? s->input->size : 0, slice_of(l->parameters));
@@ -9082,6 +9116,26 @@ static bool fully_laden(struct sender *s)
 	return s->laden;
 }
 
+/* Whether the message that is ready has a TRANSID. */
+static bool has_transid(const struct sender *s)
+{
+	const char *given = or_empty(s->input->envelope.from != NULL ?
+	    s->input->envelope.parameters : options.parameters);
+
+	return options.transid || names_parameter(given, "TRANSID");
+}
+
+/* Whether the message that is ready has to wait for the reply to the opening, for its
+ * TRANSID may only be sent where that is offered.  Who opens with BSMTP waits no longer
+ * than a grace. */
+static bool must_hear(const struct sender *s)
+{
+	if (bsmtp_client_awaits(&s->client) > BSMTP_VERB_BSMTP)
+		return false;           /* it is there */
+	return has_transid(s) && (s->config.mode != BSMTP_MODE_BSMTP || !s->on.grace_waited ||
+	    now_us() < s->on.grace_start_us + default_grace(s));
+}
+
 /* Between messages: the next one, or the end.  A server that takes only so many in
  * a session (RFC 9422) is called again for the rest. */
 static bool write_next(struct sender *s)
@@ -9096,7 +9150,7 @@ static bool write_next(struct sender *s)
 	if (!s->ready || s->on.again || (options.stop_after > 0 && s->refused >= options.stop_after)) {
 		if (!s->source_waits)
 			bsmtp_client_quit(&s->client);
-	} else {
+	} else if (!must_hear(s) || !bsmtp_client_await_opening(&s->client)) {
 		begin_letter(s, rcpts);
 	}
 	return !s->source_waits;
@@ -9195,14 +9249,15 @@ static void count_turnaround(struct sender *s)
 		note_turnaround(s);
 }
 
+/* How long the grace lasts now: for a message with a TRANSID not less than by default,
+ * for it is the reply to the opening that says whether it may be sent. */
 static int64_t grace_length(const struct sender *s)
 {
-	/* A connection opened fast has measured nothing. */
-	int64_t scaled = 3 * s->connect_us + (options.fastopen ? 1000000 : 200000);
+	int64_t given = (int64_t)options.grace_ms * 1000, usual = default_grace(s);
 
-	if (options.grace_given)
-		return (int64_t)options.grace_ms * 1000;
-	return scaled < 5000000 ? scaled : 5000000;
+	if (!options.grace_given || (given < usual && s->ready && has_transid(s)))
+		return usual;
+	return given;
 }
 
 /* The silence allowed by default where a server may be storing a message. */
@@ -9428,7 +9483,7 @@ static bool secure(struct sender *s)
 	trace_note(&s->trace, "%s%s%s", or_empty(link_version(&s->on.link)),
 	    link_resumed(&s->on.link) ? ", resumed" : "", agreed ? ", agreed by ALPN" : "");
 	s->trace.tls = true;
-	if (!early)
+	if (!early || !agreed)          /* or the ticket has promised too much */
 		bsmtp_client_secured(&s->client, agreed);
 	if (agreed || early)
 		report_opening(s, agreed ? "alpn" : "remembered");
@@ -9640,6 +9695,7 @@ static bool write_batch_message(struct sender *s, FILE *f)
 	whole = write_batch_text(s, f);
 	if (whole)
 		fputs(".\r\n", f);
+	s->current->identified = whole;
 	drop(s);
 	return whole || (at >= 0 && fflush(f) == 0 && fseeko(f, at, SEEK_SET) == 0 &&
 	    ftruncate(fileno(f), at) == 0);

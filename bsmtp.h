@@ -525,6 +525,12 @@ void bsmtp_client_skipped(struct bsmtp_client *client, struct bsmtp_client_event
 
 void bsmtp_client_quit(struct bsmtp_client *client);
 
+/* Before bsmtp_client_mail(), for a message that has to know what is offered (it has
+ * a TRANSID): where the opening's reply is still due, in a mode that does not wait for
+ * it, the engine waits for it now, in mode bsmtp until bsmtp_client_grace_over() at
+ * most; true.  False: there is nothing to wait for. */
+bool bsmtp_client_await_opening(struct bsmtp_client *client);
+
 /* Octets to be sent now, *len of them (0: none), and how many were. */
 const char *bsmtp_client_out(const struct bsmtp_client *client, size_t *len);
 void bsmtp_client_sent(struct bsmtp_client *client, size_t len);
@@ -543,7 +549,9 @@ void bsmtp_client_grace_over(struct bsmtp_client *client);
 /* TLS is established: the client opens again, and nothing said before counts
  * (RFC 3207 4.2).  `agreed`: the peer has agreed to BSMTP in the handshake, by ALPN.
  * For TLS from the first octet, call it before anything else: behind
- * bsmtp_client_init() with a config that has no `starttls`. */
+ * bsmtp_client_init() with a config that has no `starttls`.  Early data goes by the
+ * ticket of a session that agreed: `agreed`, and where the handshake then shows that
+ * this one does not, once more without. */
 void bsmtp_client_secured(struct bsmtp_client *client, bool agreed);
 
 /* The server closed, or the caller has given up.  Then
@@ -568,9 +576,12 @@ void bsmtp_client_limits(const struct bsmtp_client *client, uint64_t *mails, uin
 size_t bsmtp_client_owed(const struct bsmtp_client *client);
 enum bsmtp_verb bsmtp_client_awaits(const struct bsmtp_client *client);
 
-/* What the opening's reply offered, as enum bsmtp_keyword bits; whether commands
- * wait for each other's replies; CRs that became spaces. */
+/* What the opening's reply offered, as enum bsmtp_keyword bits, and what may be used
+ * now: until the reply to BSMTP is there PIPELINING, CHUNKING, 8BITMIME, SMTPUTF8 and
+ * SIZE may, by prearrangement.  BSMTP itself stands for TRANSID.  Whether commands wait
+ * for each other's replies; CRs that became spaces. */
 unsigned bsmtp_client_offered(const struct bsmtp_client *client);
+unsigned bsmtp_client_usable(const struct bsmtp_client *client);
 bool bsmtp_client_in_lockstep(const struct bsmtp_client *client);
 uint64_t bsmtp_client_strays(const struct bsmtp_client *client);
 

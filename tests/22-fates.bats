@@ -400,6 +400,73 @@ PY
 	[[ $stderr == *'closed the connection'*'does it speak BSMTP?'* ]]
 }
 
+# --- What was not offered
+
+mail_line() { grep -a '^MAIL' received | head -n "${1:-1}" | tail -n 1; }
+transids() { jq -c 'select(.event == "message") | .transid != null' sent.json | xargs; }
+
+@test "a TRANSID goes only to whom it is known to be known" {
+	make_message >m
+	# how the opening was answered, and whether in time
+	for said in "send:250 x\\r\\n" "send:250-x\\r\\n250 CHUNKING\\r\\n"; do
+		for options in '' '--grace 0' '--mode early' '--mode pipelining'; do
+			start_peer 'send:220 x\r\n' recv "$said" eof
+			# shellcheck disable=SC2086 # words
+			run ! --separate-stderr send --to b@example.net --transid --timeout 300ms --json $options m
+			echo "$output" >sent.json
+			await test -s received
+			assert_equal "$options $(grep -c TRANSID received) $(transids)" "$options 0 false"
+			rm received
+		done
+	done
+	# silence
+	for options in '' '--grace 0' '--grace 20ms'; do
+		silent '250 2.1.0 a' '250 2.1.5 a' '250 2.0.0 a' '221 2.0.0 bye'
+		# shellcheck disable=SC2086 # words
+		sends 0 --to b@example.net --transid $options
+		await test -s received
+		assert_equal "$options $(grep -c TRANSID received) $(transids)" "$options 0 false"
+		rm received
+	done
+}
+
+@test "a TRANSID waits for the reply to the opening, also that of a batch, and in mode early" {
+	make_mbox 2 | "$BSMTP" send --transid --to b@example.net -o batch
+	sed 's/ TRANSID=[^ ]*\r/\r/;t' batch >plain
+	for options in '--mode bsmtp' '--grace 0' '--grace 1ms' '--mode early' '--mode pipelining'; do
+		start_listener --discard --latency 40ms --json
+		# shellcheck disable=SC2086 # words
+		send --json $options batch >sent.json
+		stop_listener
+		assert_equal "$options $(transids)" "$options true true"
+		assert_equal "$(jq -r 'select(.event == "message") | .transid' listener.out | xargs)" \
+			"$(grep -ao '<[12]\.[^>]*>' batch | xargs)"
+	done
+	# what has none does not wait
+	start_listener --discard --latency 40ms
+	send --json --grace 0 plain >sent.json
+	[ "${BSMTP_BUILD:-}" = torture ] || assert_equal "$(summary turnarounds) $(transids)" '1 false false'
+}
+
+@test "a TRANSID behind messages that have none waits in mid-stream" {
+	make_mbox 2 | "$BSMTP" send --transid --to b@example.net -o batch
+	{ sed 's/ TRANSID=[^ ]*\r/\r/;t' batch; cat batch; } >m
+	start_listener --discard --latency 40ms
+	sends 0 --grace 0
+	assert_equal "$(transids)" 'false false true true'
+	[ "${BSMTP_BUILD:-}" = torture ] || assert_equal "$(summary turnarounds)" 2
+}
+
+@test "a remembered peer that is silent now gets no TRANSID" {
+	make_message >m
+	silent '250 2.1.0 a' '250 2.1.5 a' '250 2.0.0 a' '221 2.0.0 bye'
+	echo "$address" >peers
+	sends 0 --to b@example.net --mode auto --peers peers --transid
+	assert_equal "$(jq -r 'select(.event == "opening") | .mode' sent.json) $(transids)" 'bsmtp false'
+	await test -s received
+	run -1 grep TRANSID received
+}
+
 # --- Silence
 
 @test "silence: five minutes, and ten for the verdict on a body; --timeout holds for all" {

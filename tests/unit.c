@@ -1322,6 +1322,7 @@ struct client_case {
 	bool many_due;          /* with room for more replies due than the least */
 	bool agreed;            /* to BSMTP, by TLS */
 	bool tls;               /* that is there from the first octet */
+	bool ids;               /* each message has a TRANSID */
 	bool firm;              /* "=" for a fate that is confirmed goes to `brief` too */
 	size_t from, count;     /* which letters: `count` of them, 0: LETTERS - from */
 	unsigned first, pace;   /* steps taken before the first reply, and between two */
@@ -1335,7 +1336,7 @@ struct sender {
 	const struct client_case *t;
 	struct log *l;
 	size_t begun, settled, count, to, body_at;
-	bool writing, awaits_354, cut;
+	bool writing, awaits_354, cut, heard;
 	struct letter letter;   /* the one being written */
 };
 
@@ -1426,10 +1427,16 @@ static bool client_step(struct sender *s, bool dry)
 			bsmtp_client_quit(&s->c);
 			break;
 		}
+		if (s->t->ids && !s->heard) {
+			s->heard = true;
+			if (bsmtp_client_await_opening(&s->c))
+				break;
+		}
 		s->letter = letters[s->t->from + s->begun++];
+		s->heard = false;
 		s->writing = true;
 		bsmtp_client_mail(&s->c, slice_of(s->letter.from), s->letter.utf8, s->letter.size,
-		    slice_of(s->letter.parameters));
+		    slice_of(s->t->ids ? " TRANSID=<1.k@h>" : s->letter.parameters));
 		break;
 	case BSMTP_WANT_RCPT:
 		if (s->to < 2 && s->letter.to[s->to] != NULL) {
@@ -1934,6 +1941,43 @@ static void client_limits(void)
 	}
 }
 
+/* What is due, and what may be used of that which nobody has offered yet. */
+static void client_foresees(void)
+{
+	static const struct bsmtp_slice in = S(GREAT M R B);
+	static struct bsmtp_client c;
+	static char out[BSMTP_CLIENT_OUT_MIN];
+	unsigned char due[BSMTP_CLIENT_DUE_MIN];
+	unsigned five = BSMTP_KEY_PIPELINING | BSMTP_KEY_CHUNKING | BSMTP_KEY_8BITMIME | BSMTP_KEY_SMTPUTF8 | BSMTP_KEY_SIZE;
+	struct bsmtp_client_config config = { .mode = BSMTP_MODE_BSMTP, .helo = "c", .no_grace = true };
+	struct bsmtp_client_event e;
+	enum bsmtp_verb verbs[9];
+	size_t n = 0, at = 0;
+	bool good;
+
+	bsmtp_client_init(&c, &config, out, sizeof out, due, sizeof due);
+	good = bsmtp_client_usable(&c) == five && bsmtp_client_offered(&c) == 0;
+	bsmtp_client_secured(&c, true);
+	good = good && bsmtp_client_usable(&c) == (five | BSMTP_KEY_BSMTP) && !bsmtp_client_await_opening(&c);
+	bsmtp_client_secured(&c, false);
+	good = good && bsmtp_client_usable(&c) == five;
+	bsmtp_client_mail(&c, slice_of("a@x"), false, 0, slice_of(""));
+	bsmtp_client_rcpt(&c, slice_of("b@x"), slice_of(""));
+	bsmtp_client_data(&c);
+	bsmtp_client_body_end(&c);
+	for (verbs[n++] = bsmtp_client_awaits(&c); at < in.len && n < COUNT(verbs); verbs[n++] = bsmtp_client_awaits(&c))
+		do
+			at += bsmtp_client_in(&c, in.at + at, in.len - at, &e);
+		while (bsmtp_client_awaits(&c) == BSMTP_VERB_BSMTP && e.type == BSMTP_CLIENT_NONE);
+	good = good && n == 6 && verbs[0] == BSMTP_VERB_CONNECT && verbs[1] == BSMTP_VERB_BSMTP && verbs[2] == BSMTP_VERB_MAIL &&
+	    verbs[3] == BSMTP_VERB_RCPT && verbs[4] == BSMTP_VERB_BODY && verbs[5] == BSMTP_VERB_UNKNOWN;
+	ok(good && bsmtp_client_usable(&c) == bsmtp_client_offered(&c), "client", "what is due, and what may be used");
+	config.mode = BSMTP_MODE_EARLY;
+	bsmtp_client_init(&c, &config, out, sizeof out, due, sizeof due);
+	ok(bsmtp_client_usable(&c) == 0 && bsmtp_client_await_opening(&c) && bsmtp_client_want(&c) == BSMTP_WANT_REPLY &&
+	    !bsmtp_client_await_opening(&c), "client", "early, nothing may be used, and the reply can be waited for");
+}
+
 /* A parameter is written whole, or not at all, however long the others are. */
 static void client_parameters(void)
 {
@@ -2069,7 +2113,7 @@ static const struct told_case {
 	const char *brief;
 	size_t from, count;     /* of the letters */
 	unsigned first, pace;   /* steps, 0: ALL */
-	bool hasty, blind, user, tls, agreed;      /* hasty: without a grace */
+	bool hasty, blind, user, tls, agreed, ids;      /* hasty: without a grace */
 	const char *has;        /* in the log; may be NULL */
 	const char *verbs;      /* likewise */
 } told_cases[] = {
@@ -2203,6 +2247,18 @@ static const struct told_case {
 	{ "refused late among the recipients", S(SILENT "500 what\r\n" M NO), BSMTP, BDAT, "gX-U", .hasty = true, .from = 1, .first = 1, .pace = 1 },
 	{ "221 before QUIT was said", S(GREAT M R QUIT), LOCKSTEP, BDAT, "go+!U", .has = "the server ended the session" },
 	{ "354 confirms no less", S(GREAT M R D B M R R D B M R D B QUIT), BSMTP, DATA, "go+D=++D=+D=q", .hasty = false },
+	/* TRANSID: only to whom it is known to be known. */
+	{ "an id waits for the reply", S(SILENT WORDS M R B M R R B M R B B QUIT), BSMTP, BDAT, "go+D=++D=+D=q", .hasty = true, .ids = true, .first = 1, .pace = ALL,
+	    .has = "> MAIL FROM:<a@x> TRANSID=<1.k@h>" },
+	{ "an id is not for all", S(SILENT "250-h\r\n250-PIPELINING\r\n250 CHUNKING\r\n" M R B Z M R R B Z M R B B QUIT), BSMTP, BDAT, "go+D=++D=+D=q", .hasty = true,
+	    .ids = true, .first = 1, .pace = ALL, .has = "> MAIL FROM:<a@x>\r\n" },
+	{ "an id is not for who is silent", S(SILENT), BSMTP, BDAT, "g!UUU", .hasty = true, .ids = true, .first = 1, .has = "> MAIL FROM:<a@x> BODY=8BITMIME\r\n" },
+	{ "an id, early", S(SILENT WORDS M R B M R R B M R B B QUIT), EARLY, BDAT, "go+D=++D=+D=q", .ids = true, .first = 1,
+	    .has = "> MAIL FROM:<a@x> TRANSID=<1.k@h>\r\n" },
+	{ "an id, agreed", S(SILENT), BSMTP, BDAT, "g!UUU", .ids = true, .tls = true, .agreed = true,
+	    .has = "> MAIL FROM:<a@x> TRANSID=<1.k@h> BODY" },
+	{ "an id, pipelining", S(GREAT M R B M R R B M R B B QUIT), PIPELINING, BDAT, "go+D=++D=+D=q", .ids = true,
+	    .has = "> MAIL FROM:<a@x> TRANSID=<1.k@h>" },
 };
 
 static void client_told(void)
@@ -2215,7 +2271,7 @@ static void client_told(void)
 		bool good;
 		struct client_case t = { .config = { .mode = (enum bsmtp_mode)c->mode, .framing = (enum bsmtp_framing)c->framing, .helo = "c",
 			.no_grace = c->hasty, .blind = c->blind, .user = c->user ? "al" : NULL, .password = "1p" }, .tls = c->tls,
-			.agreed = c->agreed, .firm = true, .many_due = true, .from = c->from, .count = c->count,
+			.agreed = c->agreed, .ids = c->ids, .firm = true, .many_due = true, .from = c->from, .count = c->count,
 			.first = c->first > 0 ? c->first : ALL, .pace = c->pace > 0 ? c->pace : ALL, .broken = &broken };
 		good = same_in_steps(run_client, &t, c->in, &l, 1);
 		t.brief = brief;
@@ -3242,6 +3298,7 @@ int main(void)
 	client_miscounts();
 	transids();
 	client_limits();
+	client_foresees();
 	client_parameters();
 	unasked_reply();
 	endless_reply();
