@@ -8072,6 +8072,7 @@ struct letter {
 	const char *source, *id, *from, *parameters;    /* behind the struct */
 	const char *transid;            /* likewise; NULL: none */
 	bool identified;                /* it has left, with the message */
+	bool international;             /* an address is not ASCII */
 	struct list own;                /* recipients of its header, or its envelope */
 	struct list own_parameters;     /* beside each, where it is the envelope */
 	const struct list *to;          /* these, or those of the command line */
@@ -8282,6 +8283,15 @@ static bool choose_transid(const struct sender *s, const char *parameters, char 
 	return options.transid;
 }
 
+static bool list_has_8bit(const struct list *list)
+{
+	size_t i = 0;
+
+	while (i < list->count && !bsmtp_has_8bit(slice_of(list->items[i])))
+		i++;
+	return i < list->count;
+}
+
 static struct letter *letter_new(struct sender *s)
 {
 	const char *source = s->operands.name, *from = envelope_sender(s);
@@ -8308,6 +8318,7 @@ static struct letter *letter_new(struct sender *s)
 	l->weight = size + 64;
 	address_letter(s, l);
 	l->weight += (l->to->count + 1) * sizeof *l->verdicts;
+	l->international = bsmtp_has_8bit(slice_of(l->from)) || list_has_8bit(l->to);
 	list_free(&s->header.to);
 	s->weight += l->weight;
 	return l;
@@ -8362,6 +8373,8 @@ static void diag_fate(const struct letter *l, const char *to, const struct verdi
 	if (v->code != 0)
 		snprintf(reply, sizeof reply, ": %d %s%s%.900s", v->code, status,
 		    *status != '\0' ? " " : "", or_empty(v->text));
+	else if (v->text != NULL)       /* it was we */
+		snprintf(reply, sizeof reply, ": %s", v->text);
 	diag("%s: message %llu (offset %llu)%s%s%s: %s%s", shown(l->source), (unsigned long long)l->n,
 	    (unsigned long long)l->offset, *to != '\0' ? " to <" : "", to, *to != '\0' ? ">" : "",
 	    bsmtp_fate_name(v->fate), reply);
@@ -8885,12 +8898,7 @@ static const char *unsendable(struct sender *s)
 /* Whether the envelope of the current letter or its header needs SMTPUTF8. */
 static bool needs_utf8(const struct sender *s)
 {
-	const struct letter *l = s->current;
-	bool utf8 = s->header.utf8 || bsmtp_has_8bit(slice_of(l->from));
-
-	for (size_t i = 0; i < l->to->count && !utf8; i++)
-		utf8 = bsmtp_has_8bit(slice_of(l->to->items[i]));
-	return utf8;
+	return s->header.utf8 || s->current->international;
 }
 
 static bool names_parameter(const char *list, const char *name)
@@ -9031,6 +9039,13 @@ static void begin_letter(struct sender *s, uint64_t rcpt_max)
 		s->dropping = true;
 		return;
 	}
+	if (l->international && !(usable & BSMTP_KEY_SMTPUTF8)) {    /* RFC 6531 3.2 */
+		l->verdict.fate = BSMTP_REJECTED;
+		l->verdict.text = copy_slice(slice_of("an address is not ASCII, and the server does "
+		    "not offer SMTPUTF8"));
+		s->dropping = true;
+		return;
+	}
 	if (rcpt_max > 0 && l->to->count > rcpt_max && s->detour == NULL) {
 		take_detour(s, (size_t)rcpt_max);
 		return;
@@ -9125,15 +9140,26 @@ static bool has_transid(const struct sender *s)
 	return options.transid || names_parameter(given, "TRANSID");
 }
 
-/* Whether the message that is ready has to wait for the reply to the opening, for its
- * TRANSID may only be sent where that is offered.  Who opens with BSMTP waits no longer
- * than a grace. */
-static bool must_hear(const struct sender *s)
+/* Whether an address of the message that is ready is not ASCII. */
+static bool has_8bit_address(struct sender *s)
+{
+	const struct list *to = has_own_envelope(s) ? &s->input->envelope.to : &options.to;
+
+	return bsmtp_has_8bit(slice_of(envelope_sender(s))) || list_has_8bit(to) ||
+	    (options.to_headers && list_has_8bit(&s->header.to));
+}
+
+/* Whether the message that is ready has to wait for the reply to the opening, for it has
+ * what may only be sent where that is offered: a TRANSID, or in the manners of EHLO an
+ * address that is not ASCII.  Who opens with BSMTP waits no longer than a grace. */
+static bool must_hear(struct sender *s)
 {
 	if (bsmtp_client_awaits(&s->client) > BSMTP_VERB_BSMTP)
 		return false;           /* it is there */
-	return has_transid(s) && (s->config.mode != BSMTP_MODE_BSMTP || !s->on.grace_waited ||
-	    now_us() < s->on.grace_start_us + default_grace(s));
+	if (s->config.mode != BSMTP_MODE_BSMTP)
+		return has_transid(s) || has_8bit_address(s);
+	return has_transid(s) &&
+	    (!s->on.grace_waited || now_us() < s->on.grace_start_us + default_grace(s));
 }
 
 /* Between messages: the next one, or the end.  A server that takes only so many in

@@ -467,6 +467,38 @@ transids() { jq -c 'select(.event == "message") | .transid != null' sent.json | 
 	run -1 grep TRANSID received
 }
 
+@test "an address that is not ASCII is for who offers SMTPUTF8; the client itself refuses it" {
+	make_message >m
+	start_listener --eml in --keywords PIPELINING,CHUNKING,8BITMIME,BSMTP --trace
+	for mode in bsmtp early pipelining lockstep; do
+		for way in '--to grün@x.example' '--to a@x.example,grün@x.example' '--from grün@x.example --to a@x.example'; do
+			# shellcheck disable=SC2086 # words
+			sends 69 --mode $mode $way
+			assert_equal "$mode $way $(fates) $(decided) $(recipients | cut -d , -f 1)" "$mode $way rejected null rejected 0"
+			[[ $stderr == *'rejected: an address is not ASCII, and the server does not offer SMTPUTF8'* ]]
+		done
+	done
+	run -1 grep -E '(MAIL|RCPT|BDAT|DATA)' listener.err
+	# in the header alone it goes, as do others behind it
+	{ echo 'From a@x.example Mon Nov 23 12:00:00 2026'; echo 'Subject: grün'; echo; echo x; } >m
+	sends 0 --to a@x.example
+	printf 'EHLO x\r\nMAIL FROM:<gr\303\274n@x>\r\nRCPT TO:<a@x>\r\nDATA\r\n\r\n.\r\nMAIL FROM:<a@x>\r\nRCPT TO:<a@x>\r\nDATA\r\n\r\n.\r\n' >m
+	sends 69
+	assert_equal "$(fates)" 'rejected delivered'
+	stop_listener
+	start_listener --eml in
+	make_message >m
+	for mode in bsmtp early pipelining lockstep; do
+		sends 0 --mode $mode --to grün@x.example --helo c.example
+	done
+	# by prearrangement, before there is a reply
+	silent '250 2.1.0 a' '250 2.1.5 a' '250 2.0.0 a' '221 2.0.0 bye'
+	sends 0 --to grün@x.example --grace 0
+	await test -s received
+	grep -q SMTPUTF8 received
+	rm listener.err
+}
+
 # --- Silence
 
 @test "silence: five minutes, and ten for the verdict on a body; --timeout holds for all" {
