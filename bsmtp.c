@@ -8413,11 +8413,11 @@ static struct verdict *verdicts_of(struct letter *l)
 static void diag_doubt(struct sender *s)
 {
 	if (s->doubt_first == s->doubt_last && s->doubt_first != 0)
-		diag("message %llu: unknown (sent, and no final reply: it may arrive twice if sent "
-		    "again)", (unsigned long long)s->doubt_first);
+		diag("message %llu: unknown (sent, and no final reply is certainly its own: it may "
+		    "arrive twice if sent again)", (unsigned long long)s->doubt_first);
 	else if (s->doubt_first != 0)
-		diag("messages %llu to %llu: unknown (sent, and no final reply: they may arrive "
-		    "twice if sent again)", (unsigned long long)s->doubt_first,
+		diag("messages %llu to %llu: unknown (sent, and no final reply is certainly their "
+		    "own: they may arrive twice if sent again)", (unsigned long long)s->doubt_first,
 		    (unsigned long long)s->doubt_last);
 	s->doubt_first = s->doubt_last = 0;
 }
