@@ -1513,6 +1513,22 @@ enum client_state {
 	CLIENT_OVER
 };
 
+/* Whether a reply answers the command that it is counted for. */
+enum alignment {
+	ALIGNED,
+	DOUBTFUL,               /* that one or the next: the opening may have had no reply */
+	LOST                    /* no: it has turned out that there was one too many or too few */
+};
+
+/* The enhanced status codes of a reply's lines (RFC 2034). */
+enum statuses { NO_STATUS, MAIL_STATUS, OTHER_STATUS };
+
+/* What can refuse a message, in the order in which it decides. */
+enum decider { BY_MAIL, BY_RCPT, BY_TEXT, BY_END, DECIDERS };
+
+/* Whether all replies around a fate and for it were of one kind. */
+enum uniform { MIXED, ALL_GOOD, ALL_BAD };
+
 /* Room kept behind the body for its end, and for a BDAT line that turns out
  * longer than foreseen: "BDAT " 20 digits " LAST" CRLF. */
 enum { HEADER_MAX = 32, RESERVE = HEADER_MAX + 16, DUE_RESERVE = 4 };
@@ -1534,9 +1550,41 @@ static size_t client_room(const struct bsmtp_client *c)
 	return c->out_size - c->made > RESERVE ? c->out_size - c->made - RESERVE : 0;
 }
 
-static void expect(struct bsmtp_client *c, enum bsmtp_verb verb)
+/* Among the replies due: that to the last chunk, where the others have their verb. */
+enum { LAST_CHUNK = BSMTP_VERBS };
+
+/* Where number i of the replies due is in the ring, or would be. */
+static size_t due_at(const struct bsmtp_client *c, size_t i)
 {
-	c->due[(c->due_first + c->due_count++) % c->due_size] = (unsigned char)verb;
+	size_t at = c->due_first + i;
+
+	return at < c->due_size ? at : at - c->due_size;
+}
+
+static void expect(struct bsmtp_client *c, unsigned verb)
+{
+	c->due[due_at(c, c->due_count++)] = (unsigned char)verb;
+	c->mails_due += verb == BSMTP_VERB_MAIL;
+}
+
+/* The command that reply number i of those due is counted for. */
+static enum bsmtp_verb due_verb(const struct bsmtp_client *c, size_t i)
+{
+	unsigned verb = i < c->due_count ? c->due[due_at(c, i)] : BSMTP_VERB_UNKNOWN;
+
+	return verb == LAST_CHUNK ? BSMTP_VERB_BODY : (enum bsmtp_verb)verb;
+}
+
+static bool is_chunk_due(const struct bsmtp_client *c)
+{
+	return c->due[c->due_first] == BSMTP_VERB_BDAT || c->due[c->due_first] == LAST_CHUNK;
+}
+
+static void answered(struct bsmtp_client *c)
+{
+	c->mails_due -= due_verb(c, 0) == BSMTP_VERB_MAIL;
+	c->due_first = due_at(c, 1);
+	c->due_count--;
 }
 
 /* Appends a line to what may go; `verb` is the reply it asks for. */
@@ -1551,12 +1599,21 @@ static void write_line(struct bsmtp_client *c, enum bsmtp_verb verb, struct bsmt
 	expect(c, verb);
 }
 
+/* These show that replies and commands do not match, and nobody knows since when. */
+static bool is_miscount(enum bsmtp_error error)
+{
+	return error == BSMTP_E_UNASKED || error == BSMTP_E_OUT_OF_PLACE ||
+	    error == BSMTP_E_MISCOUNTED;
+}
+
 static void fail(struct bsmtp_client *c, struct bsmtp_client_event *event,
     enum bsmtp_error error)
 {
 	event->type = BSMTP_CLIENT_ERROR;
 	event->error = error;
 	c->state = CLIENT_OVER;
+	if (is_miscount(error))
+		c->alignment = LOST;
 }
 
 /* A line that no transcript shows. */
@@ -1638,7 +1695,6 @@ void bsmtp_client_init(struct bsmtp_client *c, const struct bsmtp_client_config 
 	c->due = due;
 	c->due_size = due_size;
 	c->lockstep = mode_of(c)->waits_each;
-	c->first = true;
 	c->header = HEADER_MAX / 2;
 	expect(c, BSMTP_VERB_CONNECT);
 	if (mode_of(c)->waits_greeting || config->await_greeting)
@@ -1712,13 +1768,15 @@ enum bsmtp_want bsmtp_client_want(const struct bsmtp_client *c)
 	return BSMTP_WANT_NOTHING;
 }
 
-/* What may be used without having been offered: by prearrangement all of it,
- * in the other manners nothing. */
+/* What may be used of BSMTP without having been offered: that is prearranged. */
+enum { PREARRANGED = BSMTP_KEY_PIPELINING | BSMTP_KEY_CHUNKING | BSMTP_KEY_8BITMIME |
+	BSMTP_KEY_SMTPUTF8 | BSMTP_KEY_SIZE };
+
 static unsigned client_keys(const struct bsmtp_client *c)
 {
-	if (c->opened || mode_of(c)->opening != BSMTP_VERB_BSMTP)
-		return c->offered;
-	return BSMTP_KEYS_ALL;
+	bool unheard = !c->opened && mode_of(c)->opening == BSMTP_VERB_BSMTP;
+
+	return c->offered | (unheard ? PREARRANGED : 0);
 }
 
 /* The esmtp-params that are passed on, and what must be offered for each. */
@@ -1765,8 +1823,6 @@ void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool 
 	struct text t = { line, 0, sizeof line - 2 }, sized = { number, 0, sizeof number };
 	unsigned keys = client_keys(c);
 
-	if (c->first)
-		c->sure = c->opened || mode_of(c)->opening != BSMTP_VERB_BSMTP;
 	if (wants_auth(c))              /* in the stream of BSMTP */
 		write_auth(c, &(struct bsmtp_client_event){ .type = BSMTP_CLIENT_NONE });
 	if (needs_reset(c))
@@ -1784,8 +1840,8 @@ void bsmtp_client_mail(struct bsmtp_client *c, struct bsmtp_slice mailbox, bool 
 	if (size > 0 && (keys & BSMTP_KEY_SIZE))
 		put_parameter(&t, slice(number, sized.len));
 	write_line(c, BSMTP_VERB_MAIL, slice(line, t.len));
-	c->first = false;
 	c->unsure = c->writing = c->streamed = true;
+	c->addressed = false;
 	c->state = CLIENT_RCPT;
 }
 
@@ -1840,10 +1896,16 @@ static void begin_body_text(struct bsmtp_client *c)
 		c->state = CLIENT_DATA;
 }
 
+void bsmtp_client_rcpt_end(struct bsmtp_client *c)
+{
+	c->addressed = true;
+}
+
 void bsmtp_client_data(struct bsmtp_client *c)
 {
 	bool unknown = mode_of(c)->opening != BSMTP_VERB_BSMTP && !c->opened;
 
+	bsmtp_client_rcpt_end(c);
 	/* Replies are in when in lockstep: do not offer a body to nobody. */
 	if (c->lockstep && c->rcpts_good == 0) {
 		c->state = CLIENT_SKIP;
@@ -1882,7 +1944,7 @@ static void close_chunk(struct bsmtp_client *c, bool last)
 	c->header = t.len;
 	c->made = c->ready = c->ready + t.len + body;
 	c->chunk_open = false;
-	expect(c, last ? BSMTP_VERB_BODY : BSMTP_VERB_BDAT);
+	expect(c, last ? LAST_CHUNK : BSMTP_VERB_BDAT);
 	tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_COMMAND,
 	    slice(line, t.len - 2), 0);
 	tap_line(c->config->tap, c->config->tap_context, BSMTP_TAP_BODY, slice("", 0), body);
@@ -1959,6 +2021,16 @@ void bsmtp_client_quit(struct bsmtp_client *c)
 	c->state = CLIENT_QUIT;
 }
 
+bool bsmtp_client_await_opening(struct bsmtp_client *c)
+{
+	bool due = c->due_count > 0 && due_verb(c, 0) <= BSMTP_VERB_BSMTP;
+
+	if (c->state != CLIENT_MAIL || !due || (c->offered & BSMTP_KEY_BSMTP))
+		return false;
+	c->state = mode_of(c)->opening == BSMTP_VERB_BSMTP ? CLIENT_GRACE : CLIENT_OPENING;
+	return true;
+}
+
 const char *bsmtp_client_out(const struct bsmtp_client *c, size_t *len)
 {
 	bool mute = c->state == CLIENT_MUTE || c->state == CLIENT_OVER;
@@ -1989,8 +2061,7 @@ static enum bsmtp_fate fate_of(int code)
 	    BSMTP_REJECTED;
 }
 
-/* Keeps the reply that decides about the message: the first refusal in order
- * of MAIL, RCPT (of the last one, while none was good) and body; else the 2yz. */
+/* Keeps the reply that decides about the message, so far. */
 static void keep_verdict(struct bsmtp_client *c, const struct bsmtp_client_event *reply)
 {
 	struct text t = { c->verdict_text, 0, sizeof c->verdict_text };
@@ -2002,96 +2073,194 @@ static void keep_verdict(struct bsmtp_client *c, const struct bsmtp_client_event
 	c->verdict.text = slice(c->verdict_text + reply->status.len, t.len - reply->status.len);
 }
 
-/* Where a stream began before its opening was answered, and nothing since has told
- * whether it was, a reply may be that of the command it is counted for, or of the
- * next one: only where both readings agree is anything known. */
-static bool is_doubtful(const struct bsmtp_client *c, enum bsmtp_fate fate)
+/* The first of the message's commands that was refused, or DECIDERS. */
+static enum decider decider(const struct bsmtp_client *c)
 {
-	return !c->sure && (fate == BSMTP_DELIVERED ? !c->all_good : !c->all_bad);
+	int by = BY_MAIL;
+
+	while (by < DECIDERS && c->refused[by] == 0)
+		by++;
+	return (enum decider)by;
 }
 
-/* The fate as far as the replies go; `final` when the last of them is in. */
-static void give_fate(struct bsmtp_client *c, struct bsmtp_client_event *event, bool final)
+static void keep_refusal(struct bsmtp_client *c, enum decider by,
+    const struct bsmtp_client_event *reply)
 {
-	enum bsmtp_fate fate = c->verdict.code != 0 ? fate_of(c->verdict.code) : BSMTP_UNKNOWN;
-	bool nobody = !c->mail_bad && c->rcpts > 0 && c->rcpts_good == 0;
-	bool decided = c->mail_bad || nobody || c->verdict.code / 100 > 2;
+	if (decider(c) >= by)
+		keep_verdict(c, reply);
+	c->refused[by] = reply->code;
+}
 
-	if (nobody)
-		fate = c->rcpts_deferred > 0 ? BSMTP_DEFERRED : BSMTP_REJECTED;
-	if ((!final && !decided) || is_doubtful(c, fate))
-		fate = BSMTP_UNKNOWN;
+/* A refusal of MAIL that follows from one of the session, and is none of the message:
+ * 530 after AUTH (RFC 4954 6), 503 after the opening (RFC 5321 4.1.4). */
+static bool refused_with_session(const struct bsmtp_client *c)
+{
+	return (c->auth_refused && c->refused[BY_MAIL] == 530) ||
+	    (c->opening_refused && c->refused[BY_MAIL] == 503);
+}
+
+/* Whether the message whose replies are read is still being written. */
+static bool is_unended(const struct bsmtp_client *c)
+{
+	return c->writing && c->mails_due == 0;
+}
+
+/* The fate, by the first that was refused and by the code of the reply to the end, 0
+ * where there is none:
+ *
+ *	first refused		end 2yz		end 4yz, 5yz	no reply
+ *	MAIL			unknown		as MAIL		as MAIL
+ *	MAIL, with the session	unknown		unsent		unknown, or unsent if it has no end
+ *	all recipients		as these	as these	as these
+ *	DATA or a chunk		as that		as that		as that
+ *	the end			-		as that		-
+ *	nothing			delivered	-		unknown
+ *
+ * "As" one: deferred for 4yz, rejected for 5yz. */
+static enum bsmtp_fate decide(const struct bsmtp_client *c, int end)
+{
+	enum decider by = decider(c);
+	bool taken = end / 100 == 2;
+	bool no_body = is_unended(c) || c->refused[BY_TEXT] != 0 || c->refused[BY_END] != 0;
+
+	if (by == DECIDERS)
+		return taken ? BSMTP_DELIVERED : BSMTP_UNKNOWN;
+	if (by == BY_MAIL && taken)
+		return BSMTP_UNKNOWN;
+	if (by == BY_MAIL && refused_with_session(c))
+		return no_body && c->rcpts_good == 0 ? BSMTP_UNSENT : BSMTP_UNKNOWN;
+	return fate_of(c->refused[by]);
+}
+
+/* The message's fate, as far as the replies go.  Where they may all be those of the
+ * next commands, it is known only if it makes no difference: they are all of one
+ * kind, from the one before MAIL's to the end's. */
+static void give_fate(struct bsmtp_client *c, struct bsmtp_client_event *event, int end)
+{
+	enum bsmtp_fate fate = decide(c, end);
+	enum uniform uniform = MIXED;
+
+	if (fate == BSMTP_DELIVERED && c->all_good)
+		uniform = ALL_GOOD;
+	else if (fate != BSMTP_DELIVERED && fate != BSMTP_UNKNOWN && c->all_bad)
+		uniform = ALL_BAD;
 	*event = c->verdict;
-	if (fate == BSMTP_UNKNOWN)
-		event->code = 0;
 	event->type = BSMTP_CLIENT_MESSAGE;
-	event->fate = fate;
+	event->doubtful = c->alignment == LOST || (c->alignment == DOUBTFUL && uniform == MIXED);
+	event->fate = event->doubtful ? BSMTP_UNKNOWN : fate;
+	if (event->fate == BSMTP_UNKNOWN)
+		event->code = 0;
+	c->uniform = (unsigned char)uniform;
 	c->judging = false;
 }
 
 static void begin_judging(struct bsmtp_client *c)
 {
 	memset(&c->verdict, 0, sizeof c->verdict);
+	memset(c->refused, 0, sizeof c->refused);
 	c->judging = true;
-	c->mail_bad = false;
 	c->all_good = c->previous / 100 == 2;
 	c->all_bad = c->previous / 100 > 3;
-	c->rcpts = c->rcpts_good = c->rcpts_deferred = 0;
+	c->before = c->previous;
+	c->mail = 0;
+	c->rcpts = c->rcpts_good = 0;
 }
 
-static void answer_mail(struct bsmtp_client *c, struct bsmtp_client_event *event)
+static void answer_mail(struct bsmtp_client *c, const struct bsmtp_client_event *event)
 {
-	begin_judging(c);
-	if (event->code / 100 == 2)
-		return;
-	c->mail_bad = true;
-	keep_verdict(c, event);
+	c->mail = event->code;
+	if (event->code / 100 != 2)
+		keep_refusal(c, BY_MAIL, event);
 }
 
+/* Recipients decide if none was taken: by the first that was put off, else by the first
+ * that was refused. */
 static void answer_rcpt(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
-	enum bsmtp_fate fate = fate_of(event->code);
+	bool first = c->refused[BY_RCPT] == 0;
+	bool put_off = c->refused[BY_RCPT] / 100 == 5 && event->code / 100 == 4;
 
 	event->type = BSMTP_CLIENT_RCPT;
-	event->fate = c->sure || c->previous / 100 == event->code / 100 ? fate : BSMTP_UNKNOWN;
+	event->fate = fate_of(event->code);
 	event->rcpt = c->rcpts++;
-	if (fate == BSMTP_DELIVERED) {
+	if (event->fate == BSMTP_DELIVERED) {
 		c->rcpts_good++;
-		if (!c->mail_bad)
-			c->verdict.code = 0;
-	} else {
-		c->rcpts_deferred += fate == BSMTP_DEFERRED;
-		if (!c->mail_bad && c->rcpts_good == 0)
-			keep_verdict(c, event);
+		c->refused[BY_RCPT] = 0;
+	} else if (c->rcpts_good == 0 && (first || put_off)) {
+		keep_refusal(c, BY_RCPT, event);
 	}
 }
 
-static void answer_data(struct bsmtp_client *c, struct bsmtp_client_event *event)
+/* 354: who sent DATA and waits may go on. */
+static void take_354(struct bsmtp_client *c)
 {
-	if (event->code / 100 != 3) {
-		if (c->verdict.code == 0)
-			keep_verdict(c, event);
-		if (c->state == CLIENT_DATA)
-			c->state = CLIENT_SKIP;
-	} else if (c->state == CLIENT_DATA && (c->rcpts_good == 0 || c->mail_bad)) {
-		/* RFC 2920 3.1: nobody is left, but the server wants an end. */
-		end_of_data(c);
-		c->state = CLIENT_SKIP;
-	} else if (c->state == CLIENT_DATA) {
-		c->state = CLIENT_BODY;
-	}
-}
-
-/* The reply to the end of a body that was written, or to DATA alone. */
-static void answer_body(struct bsmtp_client *c, struct bsmtp_client_event *event, bool last)
-{
-	if (c->verdict.code == 0 && (last || event->code / 100 != 2))
-		keep_verdict(c, event);
-	if (!last)
+	c->alignment = ALIGNED;
+	if (c->state != CLIENT_DATA)
 		return;
-	if (event->code / 100 == 2 && c->due_count == 0 && !c->writing)
+	c->state = CLIENT_BODY;
+	if (c->rcpts_good > 0 && c->refused[BY_MAIL] == 0)
+		return;
+	/* RFC 2920 3.1: nobody is left, but the server wants an end. */
+	end_of_data(c);
+	c->state = CLIENT_SKIP;
+}
+
+/* A 354, or the refusal of a body that was not sent. */
+static void answer_data(struct bsmtp_client *c, const struct bsmtp_client_event *event)
+{
+	bool next = c->state == CLIENT_DATA || (c->state == CLIENT_BODY && c->due_count == 0);
+
+	if (event->code / 100 == 3) {
+		take_354(c);
+		return;
+	}
+	keep_refusal(c, BY_TEXT, event);
+	if (next)
+		c->state = CLIENT_SKIP;
+}
+
+/* The reply to a chunk that is not the last.  Once one was refused the client MUST NOT
+ * send more of the message (RFC 3030 2): what is framed already goes, then RSET. */
+static void answer_chunk(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	if (!c->judging || event->code / 100 == 2)
+		return;
+	if (c->refused[BY_TEXT] == 0)
+		keep_refusal(c, BY_TEXT, event);
+	if (c->state != CLIENT_BODY || !is_unended(c))
+		return;
+	c->made = c->ready;
+	c->chunk_open = c->writing = false;
+	write_reset(c);
+	give_fate(c, event, 0);
+	c->state = CLIENT_SKIP;
+}
+
+/* The reply to the end of a body. */
+static void answer_body(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	int code = event->code;
+
+	if (code / 100 != 2)
+		keep_refusal(c, BY_END, event);
+	else if (decider(c) == DECIDERS)
+		keep_verdict(c, event);
+	if (code / 100 == 2 && c->due_count == 0 && !c->writing)
 		c->unsure = false;
-	give_fate(c, event, true);
+	give_fate(c, event, code);
+}
+
+/* RSET's: of a message that was abandoned it is the end; if it is refused the next MAIL
+ * tells. */
+static void answer_reset(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	if (event->code / 100 != 2 && !c->judging)
+		event->type = BSMTP_CLIENT_NOTE;
+	if (!c->judging)
+		return;
+	give_fate(c, event, 0);
+	if (event->fate == BSMTP_UNKNOWN)
+		event->fate = BSMTP_UNSENT;
 }
 
 void bsmtp_client_skipped(struct bsmtp_client *c, struct bsmtp_client_event *event)
@@ -2101,28 +2270,27 @@ void bsmtp_client_skipped(struct bsmtp_client *c, struct bsmtp_client_event *eve
 	if (!c->writing)
 		return;
 	/* No body ended the transaction, so RSET must, whatever was offered. */
-	if (c->mail_bad)
+	if (c->refused[BY_MAIL] != 0)
 		c->unsure = false;      /* there is none */
 	else
 		write_reset(c);
-	give_fate(c, event, true);
+	give_fate(c, event, 0);
 	c->writing = false;
 }
 
 static void refuse(struct bsmtp_client *c, struct bsmtp_client_event *event,
     enum bsmtp_error error)
 {
+	if (event->verb == BSMTP_VERB_AUTH)
+		c->auth_refused = true;
+	else
+		c->opening_refused = true;
+	if (c->state == CLIENT_MUTE)    /* this one only follows from that before */
+		return;
 	event->type = BSMTP_CLIENT_REFUSED;
 	event->error = error;
 	event->late = c->streamed;
 	c->state = c->streamed ? CLIENT_MUTE : CLIENT_OVER;
-}
-
-/* Neither consent nor refusal: by prearrangement it may be passed over. */
-static void neither(struct bsmtp_client *c, struct bsmtp_client_event *event)
-{
-	if (mode_of(c)->opening != BSMTP_VERB_BSMTP)
-		fail(c, event, BSMTP_E_OUT_OF_PLACE);
 }
 
 static void answer_greeting(struct bsmtp_client *c, struct bsmtp_client_event *event)
@@ -2133,10 +2301,7 @@ static void answer_greeting(struct bsmtp_client *c, struct bsmtp_client_event *e
 		refuse(c, event, class == 4 ? BSMTP_E_DEFERRED : BSMTP_E_REFUSED);
 		return;
 	}
-	if (class != 2)
-		neither(c, event);
-	else
-		event->type = BSMTP_CLIENT_GREETING;
+	event->type = BSMTP_CLIENT_GREETING;
 	if (c->state == CLIENT_GREETING)
 		write_opening(c, mode_of(c)->opening);
 }
@@ -2205,10 +2370,8 @@ static void answer_opening(struct bsmtp_client *c, struct bsmtp_client_event *ev
 			begin_body_text(c);
 	} else if (class == 5 && event->verb == BSMTP_VERB_EHLO && mode_of(c)->waits_each) {
 		write_opening(c, BSMTP_VERB_HELO);
-	} else if (class >= 4) {
-		refuse(c, event, class == 4 ? BSMTP_E_DEFERRED : BSMTP_E_REFUSED);
 	} else {
-		neither(c, event);
+		refuse(c, event, class == 4 ? BSMTP_E_DEFERRED : BSMTP_E_REFUSED);
 	}
 }
 
@@ -2255,12 +2418,6 @@ static void learn(struct bsmtp_client *c, struct bsmtp_slice text)
 		learn_mechanisms(c, slice(text.at + n, text.len - n));
 }
 
-static void answered(struct bsmtp_client *c)
-{
-	c->due_first = (c->due_first + 1) % c->due_size;
-	c->due_count--;
-}
-
 static void answer_verb(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
 	switch (event->verb) {
@@ -2282,10 +2439,10 @@ static void answer_verb(struct bsmtp_client *c, struct bsmtp_client_event *event
 		answer_data(c, event);
 		break;
 	case BSMTP_VERB_BDAT:
-		answer_body(c, event, false);
+		answer_chunk(c, event);
 		break;
 	case BSMTP_VERB_BODY:
-		answer_body(c, event, true);
+		answer_body(c, event);
 		break;
 	case BSMTP_VERB_STARTTLS:
 		answer_starttls(c, event);
@@ -2297,32 +2454,133 @@ static void answer_verb(struct bsmtp_client *c, struct bsmtp_client_event *event
 		event->type = BSMTP_CLIENT_QUIT;
 		c->state = CLIENT_OVER;
 		break;
-	case BSMTP_VERB_RSET:   /* if it is refused the next MAIL tells */
-		if (event->code / 100 != 2 && !c->judging)
-			event->type = BSMTP_CLIENT_NOTE;
-		if (c->judging) {       /* the message was abandoned */
-			give_fate(c, event, true);
-			event->fate = event->fate == BSMTP_UNKNOWN ? BSMTP_UNSENT : event->fate;
-		}
+	case BSMTP_VERB_RSET:
+		answer_reset(c, event);
 		break;
 	default:
 		break;
 	}
 }
 
-/* The first reply behind the greeting, the stream having begun without it.  It
- * answers the opening for sure if it has keywords, or a code that MAIL cannot
- * get; and MAIL, the server having kept silent about the opening, if it has MAIL's
- * status, for an opening's reply has none (RFC 2034 3). */
-static void find_opening(struct bsmtp_client *c, const struct bsmtp_client_event *event,
-    unsigned lines)
-{
-	bool mails = event->code / 100 == 2 && lines == 1 && event->status.len > 4 &&
-	    memcmp(event->status.at, "2.1.", 4) == 0;
+/* ---- which command a reply answers ---- */
 
-	c->sure = mails || lines > 1 || event->code == 500 || event->code == 502;
-	if (mails)
+/* Whether the first reply after the greeting is for certain that of the command after
+ * the opening, which then has none: MAIL's enhanced status codes are 2.1.x (RFC 3463
+ * 3.2), those of AUTH have their own (RFC 4954 4 and 6), and 221 is QUIT's. */
+static bool answers_next(const struct bsmtp_client *c, int code)
+{
+	switch (due_verb(c, 1)) {
+	case BSMTP_VERB_AUTH:
+		return code == 235 || code == 334 || code == 530 || code == 535 || code == 538;
+	case BSMTP_VERB_QUIT:
+		return code == 221;
+	default:
+		return code / 100 == 2 && c->reply_statuses == MAIL_STATUS;
+	}
+}
+
+/* Whether it is for certain the opening's: it has keywords, and no enhanced status code
+ * on any line; or it says what MAIL cannot get. */
+static bool answers_opening(const struct bsmtp_client *c, int code, unsigned lines)
+{
+	bool unknown = code == 500 || code == 502;
+
+	return (code / 100 == 2 && lines > 1 && c->reply_statuses == NO_STATUS) ||
+	    (unknown && due_verb(c, 1) == BSMTP_VERB_MAIL);
+}
+
+/* The first reply after the greeting, the stream having begun without it.  By exception
+ * to the counting it is looked at; what cannot be told stays open. */
+static void find_opening(struct bsmtp_client *c, int code, unsigned lines)
+{
+	if (answers_next(c, code)) {
 		answered(c);
+		if (c->state == CLIENT_GRACE)
+			c->state = CLIENT_MAIL;         /* it would wait in vain */
+	} else if (!answers_opening(c, code, lines)) {
+		c->alignment = DOUBTFUL;
+	}
+}
+
+/* In doubt: whether it is a 354 that cannot be the reply to the last RCPT, but that to
+ * DATA after it. */
+static bool shows_silence(const struct bsmtp_client *c, int code)
+{
+	return c->alignment == DOUBTFUL && code / 100 == 3 && due_verb(c, 0) == BSMTP_VERB_RCPT &&
+	    due_verb(c, 1) == BSMTP_VERB_DATA;
+}
+
+/* Then what was counted for MAIL was the first recipient's reply, what was counted before
+ * MAIL was MAIL's, and so on. */
+static void move_replies(struct bsmtp_client *c, struct bsmtp_client_event *event)
+{
+	int others = c->refused[BY_RCPT];
+
+	memset(event, 0, sizeof *event);
+	if (c->refused[BY_MAIL] != 0)
+		*event = c->verdict;
+	event->type = BSMTP_CLIENT_MOVED;
+	event->verb = c->verdict.verb = BSMTP_VERB_RCPT;
+	event->code = c->mail;
+	event->fate = fate_of(c->mail);
+	c->rcpts++;
+	c->rcpts_good += c->mail / 100 == 2;
+	c->refused[BY_MAIL] = c->before / 100 > 3 ? c->before : 0;
+	c->refused[BY_RCPT] = c->mail / 100 == 5 && others / 100 == 4 ? others : c->mail;
+	if (c->rcpts_good > 0)
+		c->refused[BY_RCPT] = 0;
+	/* Where another decides now than did, its code is all there is. */
+	if (c->refused[BY_MAIL] != 0)
+		c->verdict = (struct bsmtp_client_event){ .verb = BSMTP_VERB_MAIL, .code = c->before };
+	else if (c->refused[BY_RCPT] != c->verdict.code)
+		c->verdict = (struct bsmtp_client_event){ .verb = BSMTP_VERB_RCPT,
+			.code = c->refused[BY_RCPT] };
+	answered(c);
+	answered(c);
+	take_354(c);
+}
+
+/* In doubt: a 221 that cannot be the reply to the last command before QUIT, but that to
+ * QUIT.  Of the message it says nothing. */
+static void pass_to_quit(struct bsmtp_client *c, int code)
+{
+	if (c->alignment != DOUBTFUL || code != 221 || c->due_count != 2 ||
+	    due_verb(c, 1) != BSMTP_VERB_QUIT)
+		return;
+	answered(c);
+	c->all_good = c->all_bad = false;
+}
+
+/* A body was run as commands: its chunk is not known there, or its DATA was refused when
+ * it had been written already. */
+static bool runs_bodies(const struct bsmtp_client *c, const struct bsmtp_client_event *event)
+{
+	if (event->verb == BSMTP_VERB_DATA)
+		return event->code / 100 != 3 && (c->due_count > 1 || c->body_octets > 0);
+	return is_chunk_due(c) && (event->code == 500 || event->code == 502);
+}
+
+/* Why it cannot be the reply to the command that it is counted for; OK if it can.  421
+ * and, but to QUIT, 221 are replies to no command: the server stops. */
+static enum bsmtp_error misplaced(const struct bsmtp_client *c,
+    const struct bsmtp_client_event *event)
+{
+	int class = event->code / 100;
+	bool quitting = due_verb(c, c->due_count - 1) == BSMTP_VERB_QUIT;
+
+	if (event->code == 421 && event->verb > BSMTP_VERB_BSMTP)
+		return BSMTP_E_STOPPED;
+	if (event->verb == BSMTP_VERB_QUIT)
+		return event->code == 221 ? BSMTP_OK : BSMTP_E_MISCOUNTED;
+	if (event->code == 221)
+		return quitting ? BSMTP_E_MISCOUNTED : BSMTP_E_STOPPED;
+	if (runs_bodies(c, event))
+		return BSMTP_E_RUN;
+	if (class == 1 || (class == 2 && event->verb == BSMTP_VERB_DATA))
+		return BSMTP_E_OUT_OF_PLACE;
+	if (class == 3 && event->verb != BSMTP_VERB_DATA && event->verb != BSMTP_VERB_AUTH)
+		return BSMTP_E_OUT_OF_PLACE;
+	return BSMTP_OK;
 }
 
 /* All replies are in, and in lockstep they tell how to go on: a message that is
@@ -2330,68 +2588,88 @@ static void find_opening(struct bsmtp_client *c, const struct bsmtp_client_event
  * MAIL that it makes room for. */
 static void take_turn(struct bsmtp_client *c)
 {
-	bool refused = c->judging && (c->mail_bad || c->verdict.code / 100 > 2);
-	bool nobody = c->judging && c->rcpts_good == 0;
+	bool refused = c->judging && decider(c) < DECIDERS;
 
-	if (c->state == CLIENT_RCPT && c->judging && c->mail_bad)
+	if (c->state == CLIENT_RCPT && c->judging && c->refused[BY_MAIL] != 0)
 		c->state = CLIENT_SKIP;
-	else if (c->state == CLIENT_BODY && c->bdat && !c->chunk_open && (refused || nobody))
+	else if (c->state == CLIENT_BODY && c->bdat && !c->chunk_open && refused)
 		c->state = CLIENT_SKIP;
 	else if (c->state == CLIENT_MAIL && needs_reset(c))
 		write_reset(c);
 }
 
-/* BDAT is not known there, and its chunk was run as commands: from here on replies
- * and what was asked no longer match. */
-static bool runs_bodies(const struct bsmtp_client *c, const struct bsmtp_client_event *event)
+/* Keeps whether all replies are of one kind; a 354 is of neither. */
+static void note_kind(struct bsmtp_client *c, int code)
 {
-	return (event->verb == BSMTP_VERB_BDAT || (event->verb == BSMTP_VERB_BODY && c->bdat)) &&
-	    (event->code == 500 || event->code == 502) &&
-	    !(c->offered & BSMTP_KEY_CHUNKING);
+	c->all_good = c->all_good && code / 100 <= 3;
+	c->all_bad = c->all_bad && code / 100 >= 3;
 }
 
-/* The last line of a reply, whatever it answers: by counting alone. */
+/* The last line of a reply is there: it answers what is due, by counting alone. */
 static void answer(struct bsmtp_client *c, struct bsmtp_client_event *event, unsigned lines)
 {
-	bool opening;
-	int code;
+	enum bsmtp_error error;
+	int code = event->code;
+	bool firm = (c->uniform == ALL_GOOD && code / 100 == 2) ||
+	    (c->uniform == ALL_BAD && code / 100 > 3);
 
 	if (c->due_count == 0) {
-		fail(c, event, event->code == 421 ? BSMTP_E_STOPPED : BSMTP_E_UNASKED);
+		fail(c, event, code == 421 ? BSMTP_E_STOPPED : BSMTP_E_UNASKED);
 		return;
 	}
-	if (c->due[c->due_first] == BSMTP_VERB_BSMTP && c->streamed)
-		find_opening(c, event, lines);
-	event->verb = (enum bsmtp_verb)c->due[c->due_first];
-	opening = event->verb <= BSMTP_VERB_BSMTP;
-	if (!opening && (event->code == 421 || (event->code == 221 && event->verb != BSMTP_VERB_QUIT))) {
-		fail(c, event, BSMTP_E_STOPPED);
+	if (due_verb(c, 0) == BSMTP_VERB_BSMTP && c->streamed)
+		find_opening(c, code, lines);
+	if (shows_silence(c, code)) {
+		move_replies(c, event);
 		return;
 	}
-	if (!opening && event->verb != BSMTP_VERB_AUTH && (event->code / 100 == 1 ||
-	    (event->code / 100 == 3) != (event->verb == BSMTP_VERB_DATA && event->code / 100 < 4))) {
-		fail(c, event, BSMTP_E_OUT_OF_PLACE);
-		return;
-	}
-	if (runs_bodies(c, event)) {
-		fail(c, event, BSMTP_E_RUN);
+	pass_to_quit(c, code);
+	event->verb = due_verb(c, 0);
+	error = misplaced(c, event);
+	if (error != BSMTP_OK) {
+		if (error == BSMTP_E_RUN)       /* whatever the chunks before it were answered */
+			c->refused[BY_TEXT] = 0;
+		fail(c, event, error);
 		return;
 	}
 	answered(c);
-	c->all_good = c->all_good && event->code / 100 == 2;
-	c->all_bad = c->all_bad && event->code / 100 > 3;
-	code = event->code;
+	if (event->verb == BSMTP_VERB_MAIL)
+		begin_judging(c);
+	note_kind(c, code);
+	c->uniform = MIXED;
 	answer_verb(c, event);
+	event->firm = firm;
 	c->previous = code;
 	if (c->lockstep && c->due_count == 0)
 		take_turn(c);
 }
+
+/* What the enhanced status codes of a reply's lines say of it, with one line more. */
+static enum statuses add_status(enum statuses before, struct bsmtp_slice status, bool first)
+{
+	bool mail = status.len > 4 && memcmp(status.at, "2.1.", 4) == 0;
+
+	if (status.len == 0)
+		return first ? NO_STATUS : before;
+	return mail && (first || before != OTHER_STATUS) ? MAIL_STATUS : OTHER_STATUS;
+}
+
+/* Keywords have no enhanced status code in front; MAIL's reply, taken for BSMTP's, may. */
+static bool may_learn(enum bsmtp_verb verb, const struct bsmtp_reply_line *line)
+{
+	return line->code / 100 == 2 && (verb == BSMTP_VERB_EHLO ||
+	    (verb == BSMTP_VERB_BSMTP && line->status.len == 0));
+}
+
 /* One line of a reply; its event, when it is the last. */
 static void reply_line(struct bsmtp_client *c, const struct bsmtp_reply_line *line, size_t len,
     struct bsmtp_client_event *event)
 {
-	unsigned verb = c->due_count > 0 ? c->due[c->due_first] : BSMTP_VERB_UNKNOWN, lines;
+	enum bsmtp_verb verb = due_verb(c, 0);
+	unsigned lines;
 
+	c->reply_statuses = (unsigned char)add_status((enum statuses)c->reply_statuses, line->status,
+	    c->reply_lines == 0);
 	c->reply_len += len;
 	if (c->reply_len > BSMTP_REPLY_MAX) {
 		fail(c, event, BSMTP_E_REPLY_LONG);
@@ -2402,7 +2680,7 @@ static void reply_line(struct bsmtp_client *c, const struct bsmtp_reply_line *li
 	else if (line->code != c->reply_code) {
 		fail(c, event, BSMTP_E_REPLY);
 		return;
-	} else if ((verb == BSMTP_VERB_EHLO || verb == BSMTP_VERB_BSMTP) && line->code / 100 == 2)
+	} else if (may_learn(verb, line))
 		learn(c, line->text);
 	if (line->more)
 		return;
@@ -2491,7 +2769,7 @@ void bsmtp_client_secured(struct bsmtp_client *c, bool agreed)
 	c->secure = true;
 	if (!first) {
 		c->made = c->ready = c->sent = 0;
-		c->due_count = 0;
+		c->due_count = c->mails_due = 0;
 		c->opened = false;
 		c->offered = 0;
 		write_opening(c, mode_of(c)->opening);
@@ -2500,6 +2778,8 @@ void bsmtp_client_secured(struct bsmtp_client *c, bool agreed)
 		c->state = CLIENT_MAIL;
 	if (agreed)
 		c->offered |= BSMTP_KEY_BSMTP;  /* and all that comes with it */
+	else if (!c->opened)
+		c->offered &= ~(unsigned)BSMTP_KEY_BSMTP;
 }
 
 void bsmtp_client_closed(struct bsmtp_client *c, struct bsmtp_client_event *event)
@@ -2511,7 +2791,7 @@ void bsmtp_client_closed(struct bsmtp_client *c, struct bsmtp_client_event *even
 	if (c->state == CLIENT_OVER || (c->state == CLIENT_MUTE && c->due_count == 0))
 		return;
 	if (opening && mode_of(c)->opening == BSMTP_VERB_BSMTP)
-		refuse(c, event, BSMTP_E_REFUSED);
+		refuse(c, event, BSMTP_E_CLOSED);
 	else
 		fail(c, event, BSMTP_E_CLOSED);
 	c->state = CLIENT_OVER;
@@ -2519,25 +2799,23 @@ void bsmtp_client_closed(struct bsmtp_client *c, struct bsmtp_client_event *even
 
 bool bsmtp_client_unsettled(struct bsmtp_client *c, struct bsmtp_client_event *event)
 {
-	/* Recipients that were not written yet, or have no reply, may be taken. */
-	bool more_rcpts = c->state == CLIENT_RCPT;
+	bool more_rcpts;
 
 	memset(event, 0, sizeof *event);
 	c->state = CLIENT_OVER;
 	while (!c->judging) {
 		if (c->due_count == 0)
 			return false;
-		if (c->due[c->due_first] == BSMTP_VERB_MAIL)
+		if (due_verb(c, 0) == BSMTP_VERB_MAIL)
 			begin_judging(c);
-		c->due_first = (c->due_first + 1) % c->due_size;
-		c->due_count--;
+		answered(c);
 	}
-	more_rcpts = c->due_count > 0 ? c->due[c->due_first] == BSMTP_VERB_RCPT : more_rcpts;
-	if (more_rcpts && !c->mail_bad) {
-		c->rcpts = 0;
-		c->verdict.code = 0;
-	}
-	give_fate(c, event, false);
+	/* Recipients that were not written yet, or have no reply, might have been taken. */
+	more_rcpts = c->due_count > 0 ? due_verb(c, 0) == BSMTP_VERB_RCPT :
+	    c->writing && !c->addressed;
+	if (more_rcpts)
+		c->refused[BY_RCPT] = 0;
+	give_fate(c, event, 0);
 	return true;
 }
 
@@ -2550,6 +2828,11 @@ void bsmtp_client_limits(const struct bsmtp_client *c, uint64_t *mails, uint64_t
 size_t bsmtp_client_owed(const struct bsmtp_client *c)
 {
 	return c->due_count;
+}
+
+enum bsmtp_verb bsmtp_client_awaits(const struct bsmtp_client *c)
+{
+	return due_verb(c, 0);
 }
 
 uint64_t bsmtp_client_position(const struct bsmtp_client *c)
@@ -2565,6 +2848,11 @@ uint64_t bsmtp_client_sent_total(const struct bsmtp_client *c)
 unsigned bsmtp_client_offered(const struct bsmtp_client *c)
 {
 	return c->offered;
+}
+
+unsigned bsmtp_client_usable(const struct bsmtp_client *c)
+{
+	return client_keys(c);
 }
 
 bool bsmtp_client_in_lockstep(const struct bsmtp_client *c)
@@ -4043,7 +4331,8 @@ const char *bsmtp_error_text(enum bsmtp_error error)
 		[BSMTP_E_REPLY_LONG] = "the server sent a reply without end",
 		[BSMTP_E_UNASKED] = "the server sent a reply to nothing",
 		[BSMTP_E_OUT_OF_PLACE] = "the server sent a reply that cannot answer the command",
-		[BSMTP_E_RUN] = "the server knows no BDAT and took the body for commands",
+		[BSMTP_E_MISCOUNTED] = "the replies do not match the commands: too many, or too few",
+		[BSMTP_E_RUN] = "the server took a body for commands",
 		[BSMTP_E_STOPPED] = "the server ended the session",
 		[BSMTP_E_NO_TLS] = "TLS is wanted, and the server does not have it",
 		[BSMTP_E_AUTH] = "the server does not accept the name and its password",
@@ -4090,6 +4379,7 @@ enum store_kind { STORE_MAILDIR, STORE_EML, STORE_MBOX, STORE_BATCH, STORE_EXEC,
 
 static struct options {
 	bool json, trace;
+	bool timeout_given;
 	uint64_t timeout_ms;
 	struct list operands;
 	/* TLS, and who may speak */
@@ -4372,6 +4662,7 @@ struct tls {
 	char *kept;             /* client: what went so, should it have to go again */
 	size_t early_left, kept_len, kept_sent, flight_sent;
 	char why[256];          /* it failed */
+	bool cut;               /* for the connection ended, and nobody said why */
 	const char *hint;       /* what would mend it, or NULL */
 };
 
@@ -4417,13 +4708,22 @@ static void tls_fail(struct tls *t, const char *why)
 		snprintf(t->why, sizeof t->why, "%s", why);
 }
 
+/* Whether OpenSSL failed for the end of the connection: a close or a reset. */
+static bool is_cut(int error)
+{
+	return error == SSL_ERROR_SYSCALL || (error == SSL_ERROR_SSL &&
+	    ERR_GET_REASON(ERR_peek_error()) == SSL_R_UNEXPECTED_EOF_WHILE_READING);
+}
+
 /* What an attempt came to; `wants` is what to wait for before the next. */
 static ssize_t tls_result(struct tls *t, int n, short *wants, short usual)
 {
+	int error = n > 0 ? SSL_ERROR_NONE : SSL_get_error(t->ssl, n);
+
 	*wants = usual;
 	if (n > 0)
 		return n;
-	switch (SSL_get_error(t->ssl, n)) {
+	switch (error) {
 	case SSL_ERROR_WANT_READ:
 		*wants = POLLIN;
 		return LINK_AGAIN;
@@ -4436,6 +4736,7 @@ static ssize_t tls_result(struct tls *t, int n, short *wants, short usual)
 	case SSL_ERROR_SSL:
 	default:
 		t->hint = alert_hint();
+		t->cut = is_cut(error);
 		tls_fail(t, tls_error());
 		errno = EPROTO;
 		return LINK_FAILED;
@@ -4877,6 +5178,7 @@ static ssize_t link_handshake(struct link *k)
 	t->dry = n == LINK_AGAIN;
 	if (n == 0) {
 		tls_fail(t, "the peer closed");
+		t->cut = true;
 		n = LINK_FAILED;
 	}
 	t->done = n > 0;
@@ -4997,6 +5299,12 @@ static unsigned link_tls_turns(const struct link *k)
 static const char *link_tls_why(const struct link *k)
 {
 	return k->tls != NULL ? k->tls->why : "";
+}
+
+/* Whether the connection ended, and TLS failed for that alone. */
+static bool link_was_cut(const struct link *k)
+{
+	return k->tls != NULL && k->tls->cut;
 }
 
 /* Not empty: the peer does not accept our certificate. */
@@ -5249,6 +5557,7 @@ static bool link_open_gate(struct link *k, struct bsmtp_slice held) { (void)k; (
 static ssize_t link_handshake(struct link *k) { (void)k; return LINK_FAILED; }
 static unsigned link_tls_turns(const struct link *k) { (void)k; return 0; }
 static const char *link_tls_why(const struct link *k) { (void)k; return ""; }
+static bool link_was_cut(const struct link *k) { (void)k; return false; }
 static const char *link_tls_hint(const struct link *k) { (void)k; return ""; }
 static const char *link_version(const struct link *k) { (void)k; return NULL; }
 static bool link_agreed(const struct link *k) { (void)k; return false; }
@@ -9363,25 +9672,35 @@ static void progress(struct progress *p, bool end)
 
 /* ==== 12 send ============================================================ */
 
-/* A message in flight: begun, its fate not known. */
+/* A fate, and the reply that decided it. */
+struct verdict {
+	enum bsmtp_fate fate;
+	enum bsmtp_verb verb;           /* the command that it answered */
+	int code;                       /* 0: there was none */
+	char *status, *text;            /* NULL where nobody asks */
+};
+
+/* A message: begun, and its fate not told yet. */
 struct letter {
 	struct letter *next;
 	uint64_t n, offset, position, octets;
-	int64_t start_us;
+	int64_t start_us, end_us;
 	const char *source, *id, *from, *parameters;    /* behind the struct */
 	const char *transid;            /* likewise; NULL: none */
+	bool identified;                /* it has left, with the message */
+	bool international;             /* an address is not ASCII */
 	struct list own;                /* recipients of its header, or its envelope */
 	struct list own_parameters;     /* beside each, where it is the envelope */
 	const struct list *to;          /* these, or those of the command line */
-	struct verdict {
-		enum bsmtp_fate fate;
-		int code;
-		char *status, *text;
-	} *verdicts;
+	struct verdict verdict, *verdicts;      /* on it; on each recipient */
 	size_t weight;                  /* octets of memory it takes */
 };
 
-/* What all letters in flight may take together; with it, memory is bounded. */
+/* Letters in order. */
+struct queue { struct letter *first, **last; };
+
+/* What all letters in flight may take together, and half as much those that are held;
+ * with it, memory is bounded. */
 enum { FLIGHT_MAX = 1536 << 10 };
 
 /* One connection to the server. */
@@ -9395,6 +9714,7 @@ struct dialogue {
 	bool broken;                    /* nothing can be written any more */
 	bool cut;                       /* a body has no end, and no way to say so */
 	bool gave_up;                   /* the end is ours, not the server's */
+	bool miscounted;                /* its replies did not match the commands */
 	bool again;                     /* another is to follow it */
 };
 
@@ -9409,10 +9729,12 @@ struct sender {
 	struct tls_context *tls;        /* NULL: no TLS is asked for */
 	struct progress progress;
 	char peer[128];
-	struct letter *first, **last;   /* in flight, in order */
-	struct letter *current;         /* being read: the last of them, or dropped */
+	struct queue flight;            /* begun, and no fate known */
+	struct letter *fresh;           /* it has one now, and the next reply may confirm it */
+	struct queue held;              /* that did not, so that it might yet prove wrong */
+	struct letter *current;         /* being read: the last in flight, or dropped */
 	struct header header;           /* of the message that comes next */
-	size_t weight, rcpt;
+	size_t weight, held_weight, rcpt;
 	bool laden;                     /* no letter is begun until half of that is done with */
 	uint64_t n, counts[BSMTP_FATES], octets, turnarounds, refused, strays;
 	int64_t start_us, connect_us, grace_us;
@@ -9432,13 +9754,42 @@ struct sender {
 	size_t raw_len;
 };
 
+static void queue_add(struct queue *q, struct letter *l)
+{
+	if (q->first == NULL)
+		q->last = &q->first;
+	l->next = NULL;
+	*q->last = l;
+	q->last = &l->next;
+}
+
+static struct letter *queue_take(struct queue *q)
+{
+	struct letter *l = q->first;
+
+	q->first = l->next;
+	return l;
+}
+
+static void verdict_free(struct verdict *v)
+{
+	free(v->status);
+	free(v->text);
+	memset(v, 0, sizeof *v);
+}
+
+/* Nothing is known of its recipients. */
+static void forget_recipients(struct letter *l)
+{
+	for (size_t i = 0; l->verdicts != NULL && i < l->to->count; i++)
+		verdict_free(&l->verdicts[i]);
+}
+
 static void letter_free(struct sender *s, struct letter *l)
 {
 	s->weight -= l->weight;
-	for (size_t i = 0; l->verdicts != NULL && i < l->to->count; i++) {
-		free(l->verdicts[i].status);
-		free(l->verdicts[i].text);
-	}
+	verdict_free(&l->verdict);
+	forget_recipients(l);
 	free(l->verdicts);
 	list_free(&l->own);
 	list_free(&l->own_parameters);
@@ -9548,6 +9899,15 @@ static bool choose_transid(const struct sender *s, const char *parameters, char 
 	return options.transid;
 }
 
+static bool list_has_8bit(const struct list *list)
+{
+	size_t i = 0;
+
+	while (i < list->count && !bsmtp_has_8bit(slice_of(list->items[i])))
+		i++;
+	return i < list->count;
+}
+
 static struct letter *letter_new(struct sender *s)
 {
 	const char *source = s->operands.name, *from = envelope_sender(s);
@@ -9567,12 +9927,14 @@ static struct letter *letter_new(struct sender *s)
 	l->source = pack(&at, source);
 	l->id = pack(&at, s->header.id);
 	l->from = pack(&at, from);
-	snprintf(parameters, sizeof parameters, "%s%s%s", given, named ? " TRANSID=" : "",
-	    named ? transid : "");
+	snprintf(parameters, sizeof parameters, "%s%s%s", named ? " TRANSID=" : "",
+	    named ? transid : "", given);       /* in front, there is always room for it */
 	l->parameters = pack(&at, parameters);
 	l->transid = *transid != '\0' ? pack(&at, transid) : NULL;
 	l->weight = size + 64;
 	address_letter(s, l);
+	l->weight += (l->to->count + 1) * sizeof *l->verdicts;
+	l->international = bsmtp_has_8bit(slice_of(l->from)) || list_has_8bit(l->to);
 	list_free(&s->header.to);
 	s->weight += l->weight;
 	return l;
@@ -9585,67 +9947,70 @@ static const char *rcpt_parameters(const struct letter *l, size_t i)
 	    or_empty(options.rcpt_parameters);
 }
 
-static void report_json(struct sender *s, const struct letter *l,
-    const struct bsmtp_client_event *e)
+static void report_json(const struct sender *s, const struct letter *l)
 {
+	const struct verdict *v = &l->verdict;
+
 	json_begin(stdout, "message", s->start_us);
 	printf(",\"n\":%llu", (unsigned long long)l->n);
 	json_key(stdout, "source", slice_of(l->source));
 	printf(",\"offset\":%llu", (unsigned long long)l->offset);
 	json_key(stdout, "id", slice_of(l->id));
-	json_text_or_null(stdout, "transid", l->transid);
+	json_text_or_null(stdout, "transid", l->identified ? l->transid : NULL);
 	json_key(stdout, "from", slice_of(l->from));
 	printf(",\"octets\":%llu,\"fate\":\"%s\",\"to\":[", (unsigned long long)l->octets,
-	    bsmtp_fate_name(e->fate));
+	    bsmtp_fate_name(v->fate));
 	for (size_t i = 0; i < l->to->count; i++) {
-		const struct verdict *v = &l->verdicts[i];
+		const struct verdict *r = &l->verdicts[i];
 		fputs(i > 0 ? ",{\"address\":" : "{\"address\":", stdout);
 		json_string(stdout, slice_of(l->to->items[i]));
-		printf(",\"fate\":\"%s\",\"code\":%d", bsmtp_fate_name(v->fate), v->code);
+		printf(",\"fate\":\"%s\",\"code\":%d", bsmtp_fate_name(r->fate), r->code);
+		json_key(stdout, "status", slice_of(or_empty(r->status)));
+		json_key(stdout, "text", slice_of(or_empty(r->text)));
+		putchar('}');
+	}
+	fputs("],\"reply\":", stdout);
+	if (v->code == 0) {
+		fputs("null", stdout);
+	} else {
+		printf("{\"code\":%d", v->code);
 		json_key(stdout, "status", slice_of(or_empty(v->status)));
 		json_key(stdout, "text", slice_of(or_empty(v->text)));
 		putchar('}');
 	}
-	fputs("],\"reply\":", stdout);
-	if (e->code == 0) {
-		fputs("null", stdout);
-	} else {
-		printf("{\"code\":%d", e->code);
-		json_key(stdout, "status", e->status);
-		json_key(stdout, "text", e->text);
-		putchar('}');
-	}
-	printf(",\"seconds\":%.3f}\n", (double)(now_us() - l->start_us) / 1e6);
+	printf(",\"seconds\":%.3f}\n", (double)(l->end_us - l->start_us) / 1e6);
 }
 
-static void diag_fate(const struct letter *l, const char *to, enum bsmtp_fate fate, int code,
-    struct bsmtp_slice status, struct bsmtp_slice text)
+static void diag_fate(const struct letter *l, const char *to, const struct verdict *v)
 {
+	const char *status = or_empty(v->status);
 	char reply[1024] = "";
 
-	if (code != 0)
-		snprintf(reply, sizeof reply, ": %d %.*s%s%.*s", code, (int)status.len, status.at,
-		    status.len > 0 ? " " : "", (int)min_size(text.len, 900), text.at);
+	if (v->code != 0)
+		snprintf(reply, sizeof reply, ": %d %s%s%.900s", v->code, status,
+		    *status != '\0' ? " " : "", or_empty(v->text));
+	else if (v->text != NULL)       /* it was we */
+		snprintf(reply, sizeof reply, ": %s", v->text);
 	diag("%s: message %llu (offset %llu)%s%s%s: %s%s", shown(l->source), (unsigned long long)l->n,
 	    (unsigned long long)l->offset, *to != '\0' ? " to <" : "", to, *to != '\0' ? ">" : "",
-	    bsmtp_fate_name(fate), reply);
+	    bsmtp_fate_name(v->fate), reply);
 }
 
 /* A recipient's fate is its own refusal, else the message's. */
-static void settle_recipients(struct sender *s, struct letter *l,
-    const struct bsmtp_client_event *e)
+static void settle_recipients(struct sender *s, struct letter *l)
 {
+	const struct verdict *all = &l->verdict;
+
 	for (size_t i = 0; i < l->to->count; i++) {
 		struct verdict *v = &l->verdicts[i];
-		bool own = (v->fate == BSMTP_REJECTED || v->fate == BSMTP_DEFERRED) && e->verb != BSMTP_VERB_MAIL &&
-		    e->fate != BSMTP_UNSENT;
-		if (own && e->fate == BSMTP_DELIVERED)
-			diag_fate(l, l->to->items[i], v->fate, v->code,
-			    slice_of(or_empty(v->status)), slice_of(or_empty(v->text)));
+		bool refused = v->fate == BSMTP_REJECTED || v->fate == BSMTP_DEFERRED;
+		bool own = refused && all->verb != BSMTP_VERB_MAIL && all->fate != BSMTP_UNSENT;
+		if (own && all->fate == BSMTP_DELIVERED)
+			diag_fate(l, l->to->items[i], v);
 		if (!own)
-			v->fate = e->fate;
+			v->fate = all->fate;
 		if (v->fate == BSMTP_REJECTED)  /* 530: only under TLS, or with a name (RFC 3207, 4954) */
-			worst(&s->status, (own ? v->code : e->code) == 530 ? EX_NOPERM : EX_UNAVAILABLE);
+			worst(&s->status, (own ? v->code : all->code) == 530 ? EX_NOPERM : EX_UNAVAILABLE);
 		else if (v->fate == BSMTP_DEFERRED)
 			worst(&s->status, EX_TEMPFAIL);
 	}
@@ -9664,78 +10029,159 @@ static struct verdict *verdicts_of(struct letter *l)
 static void diag_doubt(struct sender *s)
 {
 	if (s->doubt_first == s->doubt_last && s->doubt_first != 0)
-		diag("message %llu: unknown (sent, and no final reply: it may arrive twice if sent "
-		    "again)", (unsigned long long)s->doubt_first);
+		diag("message %llu: unknown (sent, and no final reply is certainly its own: it may "
+		    "arrive twice if sent again)", (unsigned long long)s->doubt_first);
 	else if (s->doubt_first != 0)
-		diag("messages %llu to %llu: unknown (sent, and no final reply: they may arrive "
-		    "twice if sent again)", (unsigned long long)s->doubt_first,
+		diag("messages %llu to %llu: unknown (sent, and no final reply is certainly their "
+		    "own: they may arrive twice if sent again)", (unsigned long long)s->doubt_first,
 		    (unsigned long long)s->doubt_last);
 	s->doubt_first = s->doubt_last = 0;
 }
 
-static void diag_letter(struct sender *s, const struct letter *l,
-    const struct bsmtp_client_event *e)
+static void diag_letter(struct sender *s, const struct letter *l)
 {
-	if (e->fate == BSMTP_UNKNOWN) {
+	enum bsmtp_fate fate = l->verdict.fate;
+
+	if (fate == BSMTP_UNKNOWN) {
 		if (s->doubt_last + 1 != l->n)
 			diag_doubt(s);
 		s->doubt_first = s->doubt_first == 0 ? l->n : s->doubt_first;
 		s->doubt_last = l->n;
-	} else if (e->fate != BSMTP_DELIVERED && e->fate != BSMTP_UNSENT) {
-		diag_fate(l, "", e->fate, e->code, e->status, e->text);
+	} else if (fate != BSMTP_DELIVERED && fate != BSMTP_UNSENT) {
+		diag_fate(l, "", &l->verdict);
 	}
 }
 
-/* The fate of a message is known: it is counted, told, and forgotten. */
-static void judge(struct sender *s, struct letter *l, const struct bsmtp_client_event *e)
+/* A fate is final: it is counted, told, and the letter forgotten. */
+static void tell(struct sender *s, struct letter *l)
 {
+	enum bsmtp_fate fate = l->verdict.fate;
+
 	(void)verdicts_of(l);
-	settle_recipients(s, l, e);
-	s->counts[e->fate]++;
+	settle_recipients(s, l);
+	s->counts[fate]++;
 	s->progress.messages++;
-	if (e->fate == BSMTP_DELIVERED)
+	if (fate == BSMTP_DELIVERED)
 		s->octets += l->octets;
-	diag_letter(s, l, e);
-	if (e->fate == BSMTP_UNKNOWN || (e->fate == BSMTP_UNSENT && !s->hopeless &&
-	    options.output == NULL))
+	diag_letter(s, l);
+	if (fate == BSMTP_UNKNOWN || (fate == BSMTP_UNSENT && !s->hopeless && options.output == NULL))
 		worst(&s->status, EX_TEMPFAIL);
-	s->refused += e->fate == BSMTP_REJECTED || e->fate == BSMTP_DEFERRED;
 	if (options.json)
-		report_json(s, l, e);
-	if (s->current == l)
-		s->current = NULL;
+		report_json(s, l);
 	letter_free(s, l);
 }
 
-/* The fate of the first message in flight is known. */
-static void settle(struct sender *s, struct bsmtp_client_event *e)
+/* The current letter was not sent; its fate is there already, and none of a server's. */
+static void drop(struct sender *s)
 {
-	struct letter *l = s->first;
+	struct letter *l = s->current;
+
+	s->current = NULL;
+	l->end_us = now_us();
+	s->refused += l->verdict.fate == BSMTP_REJECTED;
+	tell(s, l);
+}
+
+/* ---- fates that are held ----
+ *
+ * Replies are matched with commands by counting.  A server that leaves one out, or has
+ * one too many, shifts all that follow, and nothing tells of it but the end: QUIT gets
+ * another reply than 221.  So a fate that would have been another with the replies
+ * shifted by one waits for the end.  It is told earlier where nothing is due, or where
+ * too much is held. */
+
+/* The first of those held is told.  Where the counting was out, nothing is known of it. */
+static void tell_first_held(struct sender *s)
+{
+	struct letter *l = queue_take(&s->held);
+
+	s->held_weight -= l->weight;
+	if (s->on.miscounted) {
+		verdict_free(&l->verdict);
+		l->verdict.fate = BSMTP_UNKNOWN;
+		forget_recipients(l);
+	}
+	tell(s, l);
+}
+
+static void hold_fresh(struct sender *s)
+{
+	if (s->fresh == NULL)
+		return;
+	queue_add(&s->held, s->fresh);
+	s->held_weight += s->fresh->weight;
+	s->fresh = NULL;
+	while (s->held_weight > FLIGHT_MAX / 2)
+		tell_first_held(s);
+}
+
+static void tell_held(struct sender *s)
+{
+	hold_fresh(s);
+	while (s->held.first != NULL)
+		tell_first_held(s);
+}
+
+/* Keeps a reply's words where somebody asks for them. */
+static void keep_reply(struct sender *s, struct letter *l, struct verdict *v,
+    const struct bsmtp_client_event *e)
+{
+	size_t weight = e->status.len + e->text.len + 2;
+
+	*v = (struct verdict){ .fate = e->fate, .verb = e->verb, .code = e->code };
+	if (e->code == 0 || (e->fate == BSMTP_DELIVERED && !options.json))
+		return;
+	v->status = copy_slice(e->status);
+	v->text = copy_slice(e->text);
+	l->weight += weight;
+	s->weight += weight;
+}
+
+/* The fate of the first message in flight is known, as far as counting goes. */
+static void settle(struct sender *s, const struct bsmtp_client_event *e)
+{
+	struct letter *l = s->flight.first;
 
 	if (l == NULL)
 		return;
+	(void)queue_take(&s->flight);
+	if (s->current == l)
+		s->current = NULL;
+	l->end_us = options.json ? now_us() : 0;
+	keep_reply(s, l, &l->verdict, e);
 	if (e->fate == BSMTP_UNKNOWN && l->position >= bsmtp_client_sent_total(&s->client))
-		e->fate = BSMTP_UNSENT;
-	s->first = l->next;
-	if (s->first == NULL)
-		s->last = &s->first;
-	judge(s, l, e);
+		l->verdict.fate = BSMTP_UNSENT;
+	if (e->doubtful)
+		forget_recipients(l);
+	s->refused += e->fate == BSMTP_REJECTED || e->fate == BSMTP_DEFERRED;
+	if (e->code == 0) {             /* no reply decided it, so none can be another's */
+		tell(s, l);
+		return;
+	}
+	hold_fresh(s);
+	s->fresh = l;
 }
 
 static void keep_rcpt(struct sender *s, const struct bsmtp_client_event *e)
 {
-	struct letter *l = s->first;
+	struct letter *l = s->flight.first;
+
+	if (l != NULL && e->rcpt < l->to->count)
+		keep_reply(s, l, &verdicts_of(l)[e->rcpt], e);
+}
+
+/* What was told of recipients is the next ones', and this the first one's. */
+static void move_rcpts(struct sender *s, const struct bsmtp_client_event *e)
+{
+	struct letter *l = s->flight.first;
 	struct verdict *v;
 
-	if (l == NULL || e->rcpt >= l->to->count)
+	if (l == NULL || l->to->count == 0)
 		return;
-	v = &verdicts_of(l)[e->rcpt];
-	v->fate = e->fate;
-	v->code = e->code;
-	if (options.json || e->fate != BSMTP_DELIVERED) {       /* else nobody asks */
-		v->status = copy_slice(e->status);
-		v->text = copy_slice(e->text);
-	}
+	v = verdicts_of(l);
+	verdict_free(&v[l->to->count - 1]);
+	memmove(v + 1, v, (l->to->count - 1) * sizeof *v);
+	keep_reply(s, l, v, e);
 }
 
 static void report_opening(struct sender *s, const char *agreed)
@@ -9829,26 +10275,29 @@ static void write_peers(const char *path, const char *rest, const char *peer)
 		diag("%s: %s", path, strerror(errno));
 }
 
-/* Whether the peer is known to speak BSMTP; changes that when it is told to. */
+/* Whether the peer is known to speak BSMTP; changes that when it is told to.  What it
+ * does under TLS says nothing of what it does in the clear. */
 static bool recall_peer(const struct sender *s, bool change, bool speaks)
 {
-	char path[PATH_MAX], *rest;
+	char path[PATH_MAX], peer[512], *rest;
 	bool known;
 
 	peers_path(path, sizeof path);
 	if (!s->automatic || *path == '\0' || options.connect_command != NULL)
 		return false;
-	rest = read_peers(path, options.server, &known);
+	snprintf(peer, sizeof peer, "%s%s", options.server, options.tls || options.starttls ? " tls" : "");
+	rest = read_peers(path, peer, &known);
 	if (change && known != speaks)
-		write_peers(path, rest, speaks ? options.server : "");
+		write_peers(path, rest, speaks ? peer : "");
 	free(rest);
 	return known;
 }
 
-static void forget_peer(struct sender *s, enum bsmtp_error error)
+/* The opening was refused for good, or met by a close. */
+static bool is_turned_away(const struct sender *s, enum bsmtp_error error)
 {
-	if (error == BSMTP_E_REFUSED && s->config.mode == BSMTP_MODE_BSMTP)
-		(void)recall_peer(s, true, false);
+	return s->config.mode == BSMTP_MODE_BSMTP &&
+	    (error == BSMTP_E_REFUSED || error == BSMTP_E_CLOSED);
 }
 
 /* --mode auto: a peer that is known opens with BSMTP and waits for nothing, any
@@ -9877,9 +10326,27 @@ static bool falls_back(struct sender *s)
 	return true;
 }
 
+/* The exit status of a session that ended so. */
+static int status_of(enum bsmtp_error error)
+{
+	switch (error) {
+	case BSMTP_E_REFUSED:
+		return EX_UNAVAILABLE;
+	case BSMTP_E_DEFERRED:
+	case BSMTP_E_STOPPED:
+	case BSMTP_E_CLOSED:
+		return EX_TEMPFAIL;
+	case BSMTP_E_NO_TLS:
+	case BSMTP_E_AUTH:
+		return EX_NOPERM;
+	default:
+		return EX_PROTOCOL;
+	}
+}
+
 static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 {
-	bool retry = e->error == BSMTP_E_REFUSED && s->config.mode == BSMTP_MODE_BSMTP;
+	bool away = is_turned_away(s, e->error);
 
 	if (s->on.gave_up)              /* the end is ours, and was told */
 		return;
@@ -9888,49 +10355,60 @@ static void on_refused(struct sender *s, const struct bsmtp_client_event *e)
 		worst(&s->status, EX_TEMPFAIL);
 		return;
 	}
-	forget_peer(s, e->error);
-	if (e->error == BSMTP_E_REFUSED && !e->late && falls_back(s)) {
+	if (away)
+		(void)recall_peer(s, true, false);
+	if ((away || e->error == BSMTP_E_REFUSED) && !e->late && falls_back(s)) {
 		s->on.again = true;
 		return;
 	}
-	diag_session(s, e, retry ? " (does it speak BSMTP? else try --mode pipelining)" : "");
+	diag_session(s, e, away ? " (does it speak BSMTP? else try --mode pipelining)" : "");
 	/* What a late 4yz has left undone shows in the messages' fates. */
 	if (e->error != BSMTP_E_DEFERRED || !e->late || e->verb == BSMTP_VERB_AUTH)
-		worst(&s->status, e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL :
-		    e->error == BSMTP_E_AUTH ? EX_NOPERM : EX_UNAVAILABLE);
-	s->hopeless = e->error != BSMTP_E_DEFERRED;
+		worst(&s->status, status_of(e->error));
+	s->hopeless = status_of(e->error) != EX_TEMPFAIL;
 	if (e->late && !s->on.half_closed) {
 		s->on.half_closed = true;
 		link_finish(&s->on.link);
 	}
 }
 
-/* Only QUIT's reply is missing: whatever comes in its place changes nothing. */
+/* Only QUIT's reply is missing: that none comes changes nothing. */
 static bool is_settled(const struct sender *s)
 {
-	return s->first == NULL && (s->on.again || (s->source_over && !s->ready));
+	return s->flight.first == NULL && (s->on.again || (s->source_over && !s->ready));
 }
 
 static void on_error(struct sender *s, const struct bsmtp_client_event *e)
 {
+	s->on.miscounted = s->on.miscounted || is_miscount(e->error);
 	/* Who has refused the session for good may well hang up then: what that leaves
 	 * undone shows in the messages' fates. */
-	if (is_settled(s) || (s->hopeless && e->error == BSMTP_E_CLOSED)) {
+	if ((!s->on.miscounted && is_settled(s)) || (s->hopeless && e->error == BSMTP_E_CLOSED)) {
 		trace_note(&s->trace, "%s", bsmtp_error_text(e->error));
 		return;
 	}
 	if (!s->on.gave_up)
 		diag_session(s, e, "");
-	s->hopeless = s->hopeless || e->error == BSMTP_E_NO_TLS || e->error == BSMTP_E_AUTH;
-	if (s->on.gave_up && s->hopeless)
-		return;
-	worst(&s->status, e->error == BSMTP_E_CLOSED || e->error == BSMTP_E_STOPPED ||
-	    e->error == BSMTP_E_DEFERRED ? EX_TEMPFAIL : e->error == BSMTP_E_NO_TLS ||
-	    e->error == BSMTP_E_AUTH ? EX_NOPERM : EX_PROTOCOL);
+	s->hopeless = s->hopeless || status_of(e->error) == EX_NOPERM;
+	if (!s->on.gave_up || !s->hopeless)
+		worst(&s->status, status_of(e->error));
+}
+
+/* QUIT was answered: that is the end, if nothing follows its reply. */
+static void on_quit(struct sender *s, size_t left)
+{
+	struct bsmtp_client_event more = { .type = BSMTP_CLIENT_ERROR, .error = BSMTP_E_MISCOUNTED };
+
+	if (left > 0 || link_read(&s->on.link, s->in, sizeof s->in) > 0)
+		on_error(s, &more);
 }
 
 static void on_event(struct sender *s, struct bsmtp_client_event *e)
 {
+	if (e->firm && s->fresh != NULL) {
+		tell(s, s->fresh);
+		s->fresh = NULL;
+	}
 	switch (e->type) {
 	case BSMTP_CLIENT_NONE:
 	case BSMTP_CLIENT_SECURE:
@@ -9960,6 +10438,9 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 	case BSMTP_CLIENT_RCPT:
 		keep_rcpt(s, e);
 		break;
+	case BSMTP_CLIENT_MOVED:
+		move_rcpts(s, e);
+		break;
 	case BSMTP_CLIENT_MESSAGE:
 		report_opening(s, s->remembered ? "remembered" : "grace");
 		settle(s, e);
@@ -9971,6 +10452,15 @@ static void on_event(struct sender *s, struct bsmtp_client_event *e)
 }
 
 /* ---- writing the stream ---- */
+
+/* A refusal takes one round trip to come, as connecting did. */
+static int64_t default_grace(const struct sender *s)
+{
+	/* A connection opened fast has measured nothing. */
+	int64_t scaled = 3 * s->connect_us + (options.fastopen ? 1000000 : 200000);
+
+	return scaled < 5000000 ? scaled : 5000000;
+}
 
 /* What was made of a message too wide is all read. */
 static void end_detour(struct sender *s)
@@ -10024,12 +10514,7 @@ static const char *unsendable(struct sender *s)
 /* Whether the envelope of the current letter or its header needs SMTPUTF8. */
 static bool needs_utf8(const struct sender *s)
 {
-	const struct letter *l = s->current;
-	bool utf8 = s->header.utf8 || bsmtp_has_8bit(slice_of(l->from));
-
-	for (size_t i = 0; i < l->to->count && !utf8; i++)
-		utf8 = bsmtp_has_8bit(slice_of(l->to->items[i]));
-	return utf8;
+	return s->header.utf8 || s->current->international;
 }
 
 static bool names_parameter(const char *list, const char *name)
@@ -10121,7 +10606,6 @@ static bool write_detour(struct sender *s, FILE *body, FILE *batch, size_t rcpt_
 static void take_detour(struct sender *s, size_t rcpt_max)
 {
 	FILE *body = tmpfile(), *batch = tmpfile();
-	struct bsmtp_client_event unsent;
 	struct source *detour;
 	int fd = -1;
 
@@ -10136,8 +10620,7 @@ static void take_detour(struct sender *s, size_t rcpt_max)
 	if (batch != NULL)
 		(void)fclose(batch);
 	if (fd < 0) {
-		memset(&unsent, 0, sizeof unsent);
-		judge(s, s->current, &unsent);
+		drop(s);
 		return;
 	}
 	letter_free(s, s->current);
@@ -10159,15 +10642,12 @@ static void take_detour(struct sender *s, size_t rcpt_max)
 static void begin_letter(struct sender *s, uint64_t rcpt_max)
 {
 	const char *why = unsendable(s);
+	unsigned usable = bsmtp_client_usable(&s->client);
 	struct letter *l;
 
 	l = s->current = letter_new(s);
 	s->ready = false;
 	s->rcpt = 0;
-	if (why == NULL && rcpt_max > 0 && l->to->count > rcpt_max && s->detour == NULL) {
-		take_detour(s, (size_t)rcpt_max);
-		return;
-	}
 	if (why != NULL) {
 		diag("%s: message %llu (offset %llu): %s", shown(l->source), (unsigned long long)l->n,
 		    (unsigned long long)l->offset, why);
@@ -10175,9 +10655,20 @@ static void begin_letter(struct sender *s, uint64_t rcpt_max)
 		s->dropping = true;
 		return;
 	}
-	*s->last = l;
-	s->last = &l->next;
+	if (l->international && !(usable & BSMTP_KEY_SMTPUTF8)) {    /* RFC 6531 3.2 */
+		l->verdict.fate = BSMTP_REJECTED;
+		l->verdict.text = copy_slice(slice_of("an address is not ASCII, and the server does "
+		    "not offer SMTPUTF8"));
+		s->dropping = true;
+		return;
+	}
+	if (rcpt_max > 0 && l->to->count > rcpt_max && s->detour == NULL) {
+		take_detour(s, (size_t)rcpt_max);
+		return;
+	}
+	queue_add(&s->flight, l);
 	l->position = UINT64_MAX;
+	l->identified = (usable & BSMTP_KEY_BSMTP) != 0;
 	s->on.transactions++;
 	bsmtp_client_mail(&s->client, slice_of(l->from), needs_utf8(s),
 	    s->input->format == FORMAT_MESSAGE ? s->input->size : 0, slice_of(l->parameters));
@@ -10211,13 +10702,10 @@ static enum got move_text(struct sender *s, bool drop)
 /* Reads a message that is not to be sent to its end; false when it must wait. */
 static bool drop_letter(struct sender *s)
 {
-	struct bsmtp_client_event e;
-
 	if (move_text(s, true) == GOT_WAIT)
 		return false;
-	memset(&e, 0, sizeof e);
 	if (s->current != NULL)
-		judge(s, s->current, &e);
+		drop(s);
 	s->dropping = false;
 	return true;
 }
@@ -10247,15 +10735,47 @@ static void next_rcpt(struct sender *s)
 {
 	bsmtp_client_rcpt(&s->client, slice_of(s->current->to->items[s->rcpt]),
 	    slice_of(rcpt_parameters(s->current, s->rcpt)));
-	s->rcpt++;
+	if (++s->rcpt == s->current->to->count)
+		bsmtp_client_rcpt_end(&s->client);
 }
 
 /* Whether as much is in flight as may be; then until it is half of that: a letter for
  * each reply, where the server is the slower one, would make every write a small one. */
 static bool fully_laden(struct sender *s)
 {
-	s->laden = s->weight > (s->laden ? FLIGHT_MAX / 2 : FLIGHT_MAX);
+	s->laden = s->weight - s->held_weight > (s->laden ? FLIGHT_MAX / 2 : FLIGHT_MAX);
 	return s->laden;
+}
+
+/* Whether the message that is ready has a TRANSID. */
+static bool has_transid(const struct sender *s)
+{
+	const char *given = or_empty(s->input->envelope.from != NULL ?
+	    s->input->envelope.parameters : options.parameters);
+
+	return options.transid || names_parameter(given, "TRANSID");
+}
+
+/* Whether an address of the message that is ready is not ASCII. */
+static bool has_8bit_address(struct sender *s)
+{
+	const struct list *to = has_own_envelope(s) ? &s->input->envelope.to : &options.to;
+
+	return bsmtp_has_8bit(slice_of(envelope_sender(s))) || list_has_8bit(to) ||
+	    (options.to_headers && list_has_8bit(&s->header.to));
+}
+
+/* Whether the message that is ready has to wait for the reply to the opening, for it has
+ * what may only be sent where that is offered: a TRANSID, or in the manners of EHLO an
+ * address that is not ASCII.  Who opens with BSMTP waits no longer than a grace. */
+static bool must_hear(struct sender *s)
+{
+	if (bsmtp_client_awaits(&s->client) > BSMTP_VERB_BSMTP)
+		return false;           /* it is there */
+	if (s->config.mode != BSMTP_MODE_BSMTP)
+		return has_transid(s) || has_8bit_address(s);
+	return has_transid(s) &&
+	    (!s->on.grace_waited || now_us() < s->on.grace_start_us + default_grace(s));
 }
 
 /* Between messages: the next one, or the end.  A server that takes only so many in
@@ -10272,7 +10792,7 @@ static bool write_next(struct sender *s)
 	if (!s->ready || s->on.again || (options.stop_after > 0 && s->refused >= options.stop_after)) {
 		if (!s->source_waits)
 			bsmtp_client_quit(&s->client);
-	} else {
+	} else if (!must_hear(s) || !bsmtp_client_await_opening(&s->client)) {
 		begin_letter(s, rcpts);
 	}
 	return !s->source_waits;
@@ -10371,14 +10891,26 @@ static void count_turnaround(struct sender *s)
 		note_turnaround(s);
 }
 
+/* How long the grace lasts now: for a message with a TRANSID not less than by default,
+ * for it is the reply to the opening that says whether it may be sent. */
 static int64_t grace_length(const struct sender *s)
 {
-	/* A connection opened fast has measured nothing. */
-	int64_t scaled = 3 * s->connect_us + (options.fastopen ? 1000000 : 200000);
+	int64_t given = (int64_t)options.grace_ms * 1000, usual = default_grace(s);
 
-	if (options.grace_given)
-		return (int64_t)options.grace_ms * 1000;
-	return scaled < 5000000 ? scaled : 5000000;
+	if (!options.grace_given || (given < usual && s->ready && has_transid(s)))
+		return usual;
+	return given;
+}
+
+/* The silence allowed by default where a server may be storing a message. */
+enum { VERDICT_MS = 600000 };
+
+/* The silence allowed: while the verdict on a body is due, RFC 5321 4.5.3.2.6 has more. */
+static uint64_t silence_ms(const struct sender *s)
+{
+	bool verdict = bsmtp_client_awaits(&s->client) == BSMTP_VERB_BODY;
+
+	return verdict && !options.timeout_given ? VERDICT_MS : options.timeout_ms;
 }
 
 /* When to stop waiting: the grace's end, the silence's end; 0: never. */
@@ -10396,7 +10928,7 @@ static int64_t wait_until(struct sender *s)
 	(void)bsmtp_client_out(&s->client, &len);
 	if (s->source_waits && len == 0 && bsmtp_client_owed(&s->client) == 0)
 		return 0;
-	return s->on.progress_us + (int64_t)options.timeout_ms * 1000;
+	return s->on.progress_us + (int64_t)silence_ms(s) * 1000;
 }
 
 static void session_over(struct sender *s)
@@ -10417,7 +10949,7 @@ static void on_time(struct sender *s)
 		return;
 	}
 	if (!is_settled(s)) {
-		diag("%s: silent for %.3g s, giving up", s->peer, (double)options.timeout_ms / 1e3);
+		diag("%s: silent for %.3g s, giving up", s->peer, (double)silence_ms(s) / 1e3);
 		worst(&s->status, EX_TEMPFAIL);
 	}
 	s->on.gave_up = true;
@@ -10428,8 +10960,9 @@ static void on_time(struct sender *s)
 static void read_failed(struct sender *s, bool error)
 {
 	const char *why = link_tls_why(&s->on.link), *hint = link_tls_hint(&s->on.link);
+	bool refused = !link_was_cut(&s->on.link) && (*hint != '\0' || !bsmtp_client_offered(&s->client));
 
-	if (error && *why != '\0' && (*hint != '\0' || !bsmtp_client_offered(&s->client))) {
+	if (error && *why != '\0' && refused) {
 		diag("%s: TLS: %s%s", s->peer, why, hint);
 		worst(&s->status, EX_NOPERM);
 		s->on.gave_up = true;
@@ -10457,7 +10990,7 @@ static void no_tls(struct sender *s, int status, const char *why)
 	if (why != NULL)
 		diag("%s: TLS: %s", s->peer, why);
 	worst(&s->status, status);
-	s->hopeless = true;
+	s->hopeless = s->hopeless || status == EX_NOPERM;
 	s->on.gave_up = s->on.broken = true;
 	session_over(s);
 }
@@ -10512,7 +11045,7 @@ static int shake_hands(struct sender *s)
 			note_turnaround(s);
 		if (n == LINK_FAILED) {
 			diag_tls(&s->on.link, s->peer);
-			return EX_NOPERM;
+			return link_was_cut(&s->on.link) ? EX_TEMPFAIL : EX_NOPERM;
 		}
 		if (n != LINK_AGAIN)
 			break;
@@ -10592,7 +11125,7 @@ static bool secure(struct sender *s)
 	trace_note(&s->trace, "%s%s%s", or_empty(link_version(&s->on.link)),
 	    link_resumed(&s->on.link) ? ", resumed" : "", agreed ? ", agreed by ALPN" : "");
 	s->trace.tls = true;
-	if (!early)
+	if (!early || !agreed)          /* or the ticket has promised too much */
 		bsmtp_client_secured(&s->client, agreed);
 	if (agreed || early)
 		report_opening(s, agreed ? "alpn" : "remembered");
@@ -10631,6 +11164,8 @@ static void read_replies(struct sender *s)
 		if (grace && s->on.grace_waited && bsmtp_client_want(&s->client) != BSMTP_WANT_GRACE)
 			s->grace_us = now_us() - s->on.grace_start_us;
 		on_event(s, &e);
+		if (e.type == BSMTP_CLIENT_QUIT)
+			on_quit(s, (size_t)n - used);
 		if (e.type == BSMTP_CLIENT_SECURE) {
 			turn_to_tls(s, slice(s->in + used, (size_t)n - used));
 			return;
@@ -10709,6 +11244,8 @@ static void converse(struct sender *s)
 			s->on.half_closed = true;
 			link_finish(&s->on.link);
 		}
+		if (s->source_waits && bsmtp_client_owed(&s->client) == 0)
+			tell_held(s);   /* whoever reads along is not to wait for the input */
 		count_turnaround(s);
 		show_progress(s);
 		wait_for_more(s);
@@ -10726,7 +11263,7 @@ static void settle_rest(struct sender *s)
 
 	while (bsmtp_client_unsettled(&s->client, &e))
 		on_event(s, &e);
-	memset(&e, 0, sizeof e);
+	tell_held(s);
 	end = now_us() + PATIENCE_US;
 	for (;;) {
 		struct pollfd p = { s->input->fd, POLLIN, 0 };
@@ -10745,7 +11282,7 @@ static void settle_rest(struct sender *s)
 			diag("%s: the rest of the input was not read", shown(s->input->name));
 			worst(&s->status, EX_TEMPFAIL);
 			if (s->current != NULL)
-				judge(s, s->current, &e);
+				drop(s);
 			return;
 		}
 	}
@@ -10783,12 +11320,10 @@ static void report_summary(struct sender *s)
  * out again, where the file lets it; else nothing may follow it. */
 static bool write_batch_message(struct sender *s, FILE *f)
 {
-	struct bsmtp_client_event unsent;
 	off_t at = ftello(f);
 	const char *why = unsendable(s);
 	bool whole;
 
-	memset(&unsent, 0, sizeof unsent);
 	s->current = letter_new(s);
 	s->ready = false;
 	if (why != NULL) {
@@ -10802,7 +11337,8 @@ static bool write_batch_message(struct sender *s, FILE *f)
 	whole = write_batch_text(s, f);
 	if (whole)
 		fputs(".\r\n", f);
-	judge(s, s->current, &unsent);
+	s->current->identified = whole;
+	drop(s);
 	return whole || (at >= 0 && fflush(f) == 0 && fseeko(f, at, SEEK_SET) == 0 &&
 	    ftruncate(fileno(f), at) == 0);
 }
@@ -10955,7 +11491,8 @@ static int hold_dialogue(struct sender *s)
 	if (s->config.no_grace && s->config.mode == BSMTP_MODE_BSMTP && !s->config.await_greeting)
 		trace_note(&s->trace, "no grace");
 	converse(s);
-	s->on.again = s->on.again && s->first == NULL;
+	tell_held(s);
+	s->on.again = s->on.again && s->flight.first == NULL && !s->on.miscounted;
 	s->strays += bsmtp_client_strays(&s->client);
 	wipe(s->out, options.user != NULL ? sizeof s->out : 0);
 	if (is_tls(&s->on.link) && !s->on.broken && !s->on.cut)
@@ -11093,7 +11630,6 @@ static int send_main(void)
 	int status;
 
 	memset(s, 0, sizeof *s);
-	s->last = &s->first;
 	s->on.link = (struct link){ -1, -1, NULL };
 	s->automatic = options.mode == BSMTP_MODES;
 	s->fallback = (enum bsmtp_mode)options.fallback;
@@ -12948,6 +13484,12 @@ static const char *parse_grace(const char *text, void *where)
 	return parse_time(text, where);
 }
 
+static const char *parse_timeout(const char *text, void *where)
+{
+	options.timeout_given = true;
+	return parse_time(text, where);
+}
+
 static const char *parse_deadline(const char *text, void *where)
 {
 	options.deadline_given = true;
@@ -13197,7 +13739,7 @@ static const struct option_row option_rows[] = {
 	{ BOTH, 0, "key", "FILE", "its key (in the same file)", parse_text, &options.key },
 	{ BOTH, 0, "early-data", NULL, "with --tls: the stream in the first flight (needs --tickets)", parse_flag, &options.early_data },
 	{ BOTH, 0, "fastopen", NULL, "TCP Fast Open: octets in the SYN", parse_flag, &options.fastopen },
-	{ BOTH, 0, "timeout", "TIME", "silence allowed (5m)", parse_time, &options.timeout_ms },
+	{ BOTH, 0, "timeout", "TIME", "silence allowed (5m)", parse_timeout, &options.timeout_ms },
 	{ BOTH, 0, "json", NULL, "one JSON object a line on standard output", parse_flag, &options.json },
 	{ BOTH, 'v', "trace", NULL, "the annotated transcript on standard error", parse_flag, &options.trace },
 	{ BOTH, 'h', "help", NULL, "print this and exit", NULL, NULL },

@@ -310,13 +310,15 @@ enum bsmtp_keyword {            /* service extensions, as bits */
 
 enum bsmtp_error {              /* why a session ended before its time */
 	BSMTP_OK,
-	BSMTP_E_REFUSED,        /* the opening was answered 5yz, or by a close */
+	BSMTP_E_REFUSED,        /* the opening was answered 5yz */
 	BSMTP_E_DEFERRED,       /* the opening was answered 4yz */
 	BSMTP_E_REPLY,          /* octets that are no reply */
 	BSMTP_E_REPLY_LONG,     /* a reply line, or a reply, without end */
 	BSMTP_E_UNASKED,        /* a reply to nothing */
 	BSMTP_E_OUT_OF_PLACE,   /* a code that cannot answer that command */
-	BSMTP_E_RUN,            /* BDAT is not known there: a body was run as commands */
+	BSMTP_E_MISCOUNTED,     /* QUIT and its 221 did not meet: a reply was too many or too
+	                         * few; see `firm` below */
+	BSMTP_E_RUN,            /* a body was run as commands */
 	BSMTP_E_STOPPED,        /* 421, or 221 before QUIT: the server stops */
 	BSMTP_E_NO_TLS,         /* TLS is wanted, and not to be had */
 	BSMTP_E_AUTH,           /* the name or its password is not accepted */
@@ -399,10 +401,15 @@ enum bsmtp_client_event_type {
 	BSMTP_CLIENT_NONE,      /* nothing to tell */
 	BSMTP_CLIENT_GREETING,  /* the greeting came */
 	BSMTP_CLIENT_OPENED,    /* the opening was answered 2yz */
-	BSMTP_CLIENT_REFUSED,   /* it was answered otherwise: the client sends no
-	                         * more; `late`: after the stream had begun */
+	BSMTP_CLIENT_REFUSED,   /* it was answered otherwise, or that of BSMTP by a
+	                         * close: the client sends no more; `late`: after
+	                         * the stream had begun */
 	BSMTP_CLIENT_SECURE,    /* all that follows the octets used is TLS */
 	BSMTP_CLIENT_RCPT,      /* the reply to RCPT number `rcpt` of the message */
+	BSMTP_CLIENT_MOVED,     /* the replies told of the message's recipients are
+	                         * each that of the next one, and this is the
+	                         * first one's: the server was silent about the
+	                         * opening, as a 354 has shown */
 	BSMTP_CLIENT_MESSAGE,   /* the message's fate; the reply is that which
 	                         * decided it, its code 0 where there was none */
 	BSMTP_CLIENT_NOTE,      /* RSET was refused; it decides nothing */
@@ -413,9 +420,15 @@ enum bsmtp_client_event_type {
 struct bsmtp_client_event {
 	enum bsmtp_client_event_type type;
 	enum bsmtp_verb verb;   /* the command that the reply answers */
-	enum bsmtp_fate fate;   /* RCPT, MESSAGE; RCPT: what its own reply says */
+	enum bsmtp_fate fate;   /* MESSAGE; RCPT, MOVED: what its own reply says */
 	enum bsmtp_error error; /* REFUSED, ERROR */
 	bool late;
+	bool doubtful;          /* MESSAGE: which replies are its own is not known,
+	                         * nor then what its recipients got */
+	bool firm;              /* any type: the MESSAGE told last is certain, for
+	                         * the replies before and after its own say the same;
+	                         * where this never comes, a reply too many or too few
+	                         * could have shifted its fate */
 	unsigned rcpt;          /* RCPT: counted from 0 */
 	int code;               /* last line of the reply; 0: no reply */
 	struct bsmtp_slice status;
@@ -432,21 +445,22 @@ struct bsmtp_client {           /* complete, to be embedded; fields are private 
 	uint64_t sent_total;
 	/* replies due: a ring of the verbs that asked for them */
 	unsigned char *due;
-	size_t due_size, due_first, due_count;
+	size_t due_size, due_first, due_count, mails_due;
 	unsigned char state;
 	bool secure;            /* TLS is on */
 	bool auth_plain, auth_login, authed;
 	unsigned char auth_asked;       /* LOGIN's questions so far */
 	bool lockstep;          /* wait after each command */
 	bool opened;            /* the opening was answered 2yz */
-	bool sure;              /* it is known whether the opening was answered */
+	unsigned char alignment;        /* of the replies with the commands */
 	bool streamed;          /* commands followed the opening */
+	bool opening_refused, auth_refused;
 	unsigned offered;       /* enum bsmtp_keyword bits of the opening's reply */
 	uint64_t mail_max, rcpt_max;
 	/* the message being written */
-	bool first;             /* no MAIL was written yet */
 	bool unsure;            /* RSET is needed before the next MAIL */
 	bool writing;           /* its MAIL was written, its end not */
+	bool addressed;         /* so were all its recipients */
 	bool bdat;              /* its body is framed by BDAT */
 	uint64_t body_octets;
 	struct bsmtp_encoder encoder;
@@ -454,15 +468,18 @@ struct bsmtp_client {           /* complete, to be embedded; fields are private 
 	/* the message whose replies are being read */
 	bool judging;           /* its MAIL was answered, its fate not given */
 	bool all_good, all_bad; /* every reply of it, and the one before */
-	int previous;           /* code of the reply before */
-	bool mail_bad;
-	unsigned rcpts, rcpts_good, rcpts_deferred;
+	int previous;           /* code of the reply before this one */
+	int before, mail;       /* of the one before MAIL's, and MAIL's */
+	int refused[4];         /* by each that can decide: a code, or 0 */
+	unsigned rcpts, rcpts_good;
+	unsigned char uniform;  /* of the fate told last: whether all replies agreed */
 	struct bsmtp_client_event verdict;      /* the reply that decides, so far */
 	char verdict_text[BSMTP_REPLY_LINE_MAX];
 	/* a reply under way */
 	size_t line_len, reply_len;
 	unsigned reply_lines;
 	int reply_code;
+	unsigned char reply_statuses;   /* the enhanced ones of its lines */
 	char line[BSMTP_REPLY_LINE_MAX];
 };
 
@@ -488,6 +505,10 @@ void bsmtp_client_rcpt(struct bsmtp_client *client, struct bsmtp_slice mailbox,
     struct bsmtp_slice parameters);
 void bsmtp_client_data(struct bsmtp_client *client);    /* no more recipients */
 
+/* May be called right after the last bsmtp_client_rcpt(), for bsmtp_client_data() may
+ * have to wait: should the session end there, it is known that all were refused. */
+void bsmtp_client_rcpt_end(struct bsmtp_client *client);
+
 /* Local text of the body, LF or CRLF (see bsmtp_encode()).  Returns the octets
  * taken, less than len when there is no more room. */
 size_t bsmtp_client_body(struct bsmtp_client *client, const char *in, size_t len);
@@ -503,6 +524,12 @@ bool bsmtp_client_abandon(struct bsmtp_client *client);
 void bsmtp_client_skipped(struct bsmtp_client *client, struct bsmtp_client_event *event);
 
 void bsmtp_client_quit(struct bsmtp_client *client);
+
+/* Before bsmtp_client_mail(), for a message that has to know what is offered (it has
+ * a TRANSID): where the opening's reply is still due, in a mode that does not wait for
+ * it, the engine waits for it now, in mode bsmtp until bsmtp_client_grace_over() at
+ * most; true.  False: there is nothing to wait for. */
+bool bsmtp_client_await_opening(struct bsmtp_client *client);
 
 /* Octets to be sent now, *len of them (0: none), and how many were. */
 const char *bsmtp_client_out(const struct bsmtp_client *client, size_t *len);
@@ -522,7 +549,9 @@ void bsmtp_client_grace_over(struct bsmtp_client *client);
 /* TLS is established: the client opens again, and nothing said before counts
  * (RFC 3207 4.2).  `agreed`: the peer has agreed to BSMTP in the handshake, by ALPN.
  * For TLS from the first octet, call it before anything else: behind
- * bsmtp_client_init() with a config that has no `starttls`. */
+ * bsmtp_client_init() with a config that has no `starttls`.  Early data goes by the
+ * ticket of a session that agreed: `agreed`, and where the handshake then shows that
+ * this one does not, once more without. */
 void bsmtp_client_secured(struct bsmtp_client *client, bool agreed);
 
 /* The server closed, or the caller has given up.  Then
@@ -542,12 +571,17 @@ uint64_t bsmtp_client_sent_total(const struct bsmtp_client *client);
  * (RFC 9422); 0: it has not said. */
 void bsmtp_client_limits(const struct bsmtp_client *client, uint64_t *mails, uint64_t *rcpts);
 
-/* Replies that are awaited. */
+/* Replies that are awaited, and the command that the next of them answers by counting;
+ * BSMTP_VERB_UNKNOWN where there is none. */
 size_t bsmtp_client_owed(const struct bsmtp_client *client);
+enum bsmtp_verb bsmtp_client_awaits(const struct bsmtp_client *client);
 
-/* What the opening's reply offered, as enum bsmtp_keyword bits; whether commands
- * wait for each other's replies; CRs that became spaces. */
+/* What the opening's reply offered, as enum bsmtp_keyword bits, and what may be used
+ * now: until the reply to BSMTP is there PIPELINING, CHUNKING, 8BITMIME, SMTPUTF8 and
+ * SIZE may, by prearrangement.  BSMTP itself stands for TRANSID.  Whether commands wait
+ * for each other's replies; CRs that became spaces. */
 unsigned bsmtp_client_offered(const struct bsmtp_client *client);
+unsigned bsmtp_client_usable(const struct bsmtp_client *client);
 bool bsmtp_client_in_lockstep(const struct bsmtp_client *client);
 uint64_t bsmtp_client_strays(const struct bsmtp_client *client);
 

@@ -134,12 +134,14 @@ load lib
 	run -1 grep MAIL received
 }
 
-@test "a close or a reset in the grace is 69, a 4yz 75, garbage 76" {
+@test "a close or a reset in the grace is 75, as a 4yz; garbage is 76" {
 	make_message >m
-	start_peer recv close
-	run -69 send --to b@example.net m
-	start_peer recv reset
-	run -69 send --to b@example.net m
+	for end in close reset; do
+		start_peer recv $end
+		run -75 send --to b@example.net m
+		assert_output --partial 'closed the connection'
+		assert_output --partial 'does it speak BSMTP?'
+	done
 	start_peer 'send:421 4.3.2 later\r\n' eof
 	run -75 send --to b@example.net m
 	start_peer 'send:SSH-2.0-foo\r\n' eof
@@ -227,7 +229,8 @@ load lib
 
 @test "with DATA a body never goes to a server that refused it" {
 	start_peer recv 'send:220 x\r\n250 x\r\n' recv:DATA \
-		'send:250 a\r\n550 a\r\n554 no valid recipients\r\n' recv:QUIT 'send:221 bye\r\n' eof
+		'send:250 a\r\n550 a\r\n554 no valid recipients\r\n' recv:QUIT \
+		'send:250 reset\r\n221 bye\r\n' eof
 	make_message >m
 	run -69 send --to b@example.net --framing data m
 	await test -e received

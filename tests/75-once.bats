@@ -442,7 +442,7 @@ listen_too() {
 	assert_output --partial '--tls'
 }
 
-@test "TCP Fast Open: the message is in the SYN" {
+@test "TCP Fast Open: the opening is in the SYN, and the message waits for its reply" {
 	cat >inside <<-'EOF'
 	set -e
 	ip link set lo up
@@ -462,7 +462,36 @@ listen_too() {
 	assert_line 'TCPFastOpenActive 1'
 	assert_line 'TCPFastOpenPassive 1'
 	assert_equal "$(stored)" 2
+	assert_equal "$(summary turnarounds)" 2
+	assert_equal "$(jq -r 'select(.event == "message") | .transid != null' sent.json)" true
+}
+
+@test "TCP Fast Open with early data: the message is in the SYN" {
+	make_certificate
+	cat >inside <<-'EOF'
+	set -e
+	ip link set lo up
+	sysctl -qw net.ipv4.tcp_fastopen=3
+	"$BSMTP" listen --fastopen --tls --early-data --cert cert.pem --key key.pem --address-file addr \
+		--maildir in 127.0.0.1:0 &
+	listener=$!
+	until [ -s addr ]; do read -rt 0.02 <> <(:) || :; done
+	for n in 1 2; do
+		printf 'Subject: x\n\n' | "$BSMTP" send --fastopen --tls --ca cert.pem --tickets ticket --early-data \
+			-s "$(cat addr)" -f a@x --to b@y --json -v >sent.json 2>sent.err
+	done
+	kill $listener
+	wait $listener
+	awk '/^TcpExt:/ { if (!seen++) split($0, names); else for (i = 2; i <= NF; i++)
+		if (names[i] ~ /^TCPFastOpen(Active|Passive)$/) print names[i], $i }' /proc/net/netstat
+	EOF
+	BSMTP=$BSMTP run -0 unshare -n bash inside
+	assert_line 'TCPFastOpenActive 1'
+	assert_line 'TCPFastOpenPassive 1'
+	assert_equal "$(stored)" 2
+	run -0 grep -c 'early data: accepted' sent.err
 	assert_equal "$(summary turnarounds)" 1
+	assert_equal "$(jq -r 'select(.event == "message") | .transid != null' sent.json)" true
 }
 
 @test "TCP Fast Open: a transaction in the SYN needs a TRANSID" {

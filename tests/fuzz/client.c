@@ -21,7 +21,7 @@ struct sender {
 	struct log *l;
 	struct log wire;
 	size_t begun, settled, rcpts, times, at;
-	bool writing, awaits_354, opened, abandons, cut;
+	bool writing, awaits_354, opened, moved, abandons, cut;
 	enum bsmtp_fate fates[MESSAGES];
 };
 
@@ -35,13 +35,17 @@ static void event(struct sender *s, const struct bsmtp_client_event *e)
 	add(s->l, e->text.at, e->text.len);
 	addf(s->l, "\n");
 	s->opened = s->opened || e->type == BSMTP_CLIENT_OPENED;
+	s->moved = s->moved || e->type == BSMTP_CLIENT_MOVED;
 	CHECK((e->error != BSMTP_OK) == (e->type == BSMTP_CLIENT_ERROR || e->type == BSMTP_CLIENT_REFUSED));
 	if (e->type != BSMTP_CLIENT_MESSAGE)
 		return;
 	CHECK(s->settled < s->begun);
-	CHECK(e->fate != BSMTP_UNSENT || (s->abandons && s->settled == 0));
+	/* unless the session was refused, and MAIL with it */
+	CHECK(e->fate != BSMTP_UNSENT || e->code == 503 || (s->abandons && s->settled == 0));
 	CHECK(e->fate != BSMTP_DELIVERED || e->code / 100 == 2);
-	CHECK((e->code == 0) == (e->fate == BSMTP_UNKNOWN || e->fate == BSMTP_UNSENT));
+	CHECK(e->code != 0 || e->fate == BSMTP_UNKNOWN || e->fate == BSMTP_UNSENT);
+	CHECK(e->code == 0 || e->fate != BSMTP_UNKNOWN);
+	CHECK(!e->doubtful || e->fate == BSMTP_UNKNOWN || e->fate == BSMTP_UNSENT);
 	s->fates[s->settled++] = e->fate;
 }
 
@@ -140,6 +144,8 @@ static void wrote(struct sender *s)
 		return;
 	if (out_is(s, "") || (s->awaits_354 && out_is(s, ".\r\n")) || (!s->writing && s->begun > 0 && out_is(s, "RSET\r\n")))
 		return;
+	if (bsmtp_client_want(&s->c) == BSMTP_WANT_SKIP && out_is(s, "RSET\r\n"))
+		return;         /* in place of the chunks that are left */
 	CHECK(s->begun == 0 && (out_is(s, "BSMTP c\r\n") || out_is(s, "EHLO c\r\n") || out_is(s, "HELO c\r\n")));
 }
 
@@ -223,8 +229,11 @@ static void count(struct sender *s, const struct input *input)
 	bool mail[MESSAGES + 1] = { false }, rcpt[MESSAGES + 1] = { false }, end[MESSAGES + 1] = { false };
 	size_t asks = read_wire(&s->wire, asked), replies = read_replies(input, codes), shift = 0;
 
-	/* Silent about BSMTP, the server answered with a status what came behind. */
+	/* Silent about BSMTP, the server answered what came behind, with a status; or a 354
+	 * has shown it. */
 	if (s->config.mode == BSMTP_MODE_BSMTP && replies > 1 && !s->opened && codes[1] / 100 == 2)
+		shift = 1;
+	if (s->moved)
 		shift = 1;
 	for (size_t i = 0; i < replies; i++) {
 		size_t k = i > 0 ? i + shift : i;
