@@ -4446,6 +4446,31 @@ static char *copy_slice(struct bsmtp_slice s)
 	return copy;
 }
 
+/* Text of any length, printed into memory. */
+struct printout {
+	char *at;
+	size_t len, room;
+};
+
+static void printout_add(struct printout *t, const char *format, ...) PRINTF_LIKE(2, 3);
+
+static void printout_add(struct printout *t, const char *format, ...)
+{
+	va_list list;
+	int n;
+
+	for (;;) {
+		va_start(list, format);
+		n = vsnprintf(t->at != NULL ? t->at + t->len : NULL, t->room - t->len, format, list);
+		va_end(list);
+		if (n < 0 || (size_t)n < t->room - t->len)
+			break;
+		t->room = 2 * t->room + (size_t)n + 256;
+		t->at = grow(t->at, t->room);
+	}
+	t->len += n > 0 ? (size_t)n : 0;
+}
+
 static void list_add(struct list *list, struct bsmtp_slice item)
 {
 	if (list->count == list->room) {
@@ -7175,9 +7200,9 @@ static void group_learn(struct ids *ids, const struct group *g)
 			ids_add(ids, g->grants[i].pair, g->grants[i].seconds);
 }
 
-static void print_digest(FILE *f, struct digest d)
+static void print_digest(struct printout *t, struct digest d)
 {
-	fprintf(f, " %016llx%016llx", (unsigned long long)d.a, (unsigned long long)d.b);
+	printout_add(t, " %016llx%016llx", (unsigned long long)d.a, (unsigned long long)d.b);
 }
 
 static bool parse_digest(const char *text, struct digest *d)
@@ -7396,6 +7421,15 @@ static void journal_close(struct journal *j)
 	j->end = 0;
 }
 
+/* Whether these octets begin a journal; a power failure may have left NULs in place of a
+ * first line that was never synced. */
+static bool is_journal_head(const char *head, size_t n)
+{
+	static const char nuls[sizeof journal_magic];
+
+	return memcmp(head, journal_magic, n) == 0 || memcmp(head, nuls, n) == 0;
+}
+
 /* A journal is ours alone: whoever else could write there would tell us what is
  * stored, and through a link we should write where he likes. */
 static int journal_check(struct journal *j, const struct stat *s)
@@ -7410,16 +7444,17 @@ static int journal_check(struct journal *j, const struct stat *s)
 	if (n < 0)
 		return -1;
 	errno = EINVAL;
-	return memcmp(head, journal_magic, (size_t)n) == 0 ? 0 : -1;
+	return is_journal_head(head, (size_t)n) ? 0 : -1;
 }
 
 /* Begins it, where it is empty or its first line is torn. */
-static int journal_head(struct journal *j, off_t size)
+static int journal_head(struct journal *j)
 {
 	off_t at = 0, head = (off_t)sizeof journal_magic - 1;
+	char there[sizeof journal_magic];
 
 	j->end = head;
-	if (size >= head)
+	if (get_at(j->fd, there, (size_t)head, 0) == head && memcmp(there, journal_magic, (size_t)head) == 0)
 		return 0;
 	if (put_at(j->fd, journal_magic, (size_t)head, &at) != 0 || fsync(j->fd) != 0 || sync_parent(j->path) != 0)
 		return -1;
@@ -7469,7 +7504,7 @@ static int journal_lock(struct store *st, bool make)
 	if (journal_take(j, make, &here) != 0)
 		return !make && errno == ENOENT ? -1 : journal_trouble(j);
 	fresh = j->end == 0 || here.st_size < j->end;
-	if (fresh && (journal_check(j, &here) != 0 || journal_head(j, here.st_size) != 0))
+	if (fresh && (journal_check(j, &here) != 0 || journal_head(j) != 0))
 		return journal_trouble(j);
 	if (here.st_size > j->end && journal_read(st, here.st_size) != 0)
 		return journal_trouble(j);
@@ -7488,8 +7523,11 @@ static void journal_unlock(struct journal *j)
 	errno = saved;
 }
 
-/* Puts a record at the end, with its sum, and on the disk.  The states stand behind the
- * first line where there are any. */
+enum { JOURNAL_DOUBT = 1 };
+
+/* Puts a record at the end, with its sum, and on the disk: 0; -1 where it is not there; and
+ * JOURNAL_DOUBT where it may be.  The states stand behind the first line where there are
+ * any. */
 static int journal_put(struct journal *j, const char *text, size_t len, size_t states)
 {
 	const char *rest = states > 0 ? (const char *)memchr(text, '\n', len) + 1 : text;
@@ -7509,8 +7547,13 @@ static int journal_put(struct journal *j, const char *text, size_t len, size_t s
 		j->group_end = at;
 		return 0;
 	}
-	(void)!ftruncate(j->fd, j->end);
-	return -1;
+	n = errno;
+	if (ftruncate(j->fd, j->end) == 0 && fdatasync(j->fd) == 0) {
+		errno = n;
+		return -1;
+	}
+	errno = n;
+	return JOURNAL_DOUBT;
 }
 
 /* ---- the journal, written anew ---- */
@@ -7518,35 +7561,21 @@ static int journal_put(struct journal *j, const char *text, size_t len, size_t s
 /* What is still known, copied from one journal to another. */
 struct compacting {
 	struct journal fresh;
-	FILE *f;                /* the record under way */
-	char *text;
-	size_t len;
+	struct printout text;       /* of the record under way */
 	int64_t now, seconds;   /* of the group under way, and its states */
 	char states[GROUP_MAX + 1];
 	size_t part;            /* counted from 1 */
 	bool states_next, failed;
 };
 
-static void compact_open(struct compacting *c)
-{
-	c->text = NULL;
-	c->len = 0;
-	c->f = open_memstream(&c->text, &c->len);
-	c->failed = c->failed || c->f == NULL;
-}
-
 /* Puts the record that was gathered. */
 static void compact_put(struct compacting *c)
 {
-	if (c->f == NULL)
-		return;
-	c->failed = fclose(c->f) != 0 || c->failed;
-	if (!c->failed && c->len > 0) {
-		c->failed = journal_put(&c->fresh, c->text, c->len, 0) != 0;
+	if (!c->failed && c->text.len > 0) {
+		c->failed = journal_put(&c->fresh, c->text.at, c->text.len, 0) != 0;
 		c->fresh.end = c->fresh.group_end;
 	}
-	free(c->text);
-	c->f = NULL;
+	c->text.len = 0;
 }
 
 /* The pair that a line has, "ID RECIPIENT", and since when; NULL where it has none, or its
@@ -7588,11 +7617,9 @@ static bool compact_line(void *context, char *line, size_t len, off_t at)
 	pair = compact_pair(c, line, &p.seconds);
 	if (pair == NULL || is_forgotten(&p, c->now))
 		return true;
-	fprintf(c->f, "known %lld %s\n", (long long)p.seconds, pair);
-	if (ftello(c->f) > JOURNAL_RECORD) {
+	printout_add(&c->text, "known %lld %s\n", (long long)p.seconds, pair);
+	if (c->text.len > JOURNAL_RECORD)
 		compact_put(c);
-		compact_open(c);
-	}
 	return !c->failed;
 }
 
@@ -7613,9 +7640,7 @@ static void journal_compact(struct journal *j)
 	snprintf(c->fresh.path, sizeof c->fresh.path, "%.*s.new", (int)sizeof c->fresh.path - 5, j->path);
 	(void)unlink(c->fresh.path);    /* of one that was killed here */
 	c->fresh.fd = open(c->fresh.path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-	c->failed = c->fresh.fd < 0 || lock_file(c->fresh.fd, F_WRLCK) != 0 || journal_head(&c->fresh, 0) != 0;
-	if (!c->failed)
-		compact_open(c);
+	c->failed = c->fresh.fd < 0 || lock_file(c->fresh.fd, F_WRLCK) != 0 || journal_head(&c->fresh) != 0;
 	if (!c->failed)
 		c->failed = journal_lines(j->fd, (off_t)sizeof journal_magic - 1, j->end, compact_line, c) != 0 ||
 		    c->failed;
@@ -7629,47 +7654,44 @@ static void journal_compact(struct journal *j)
 		(void)unlink(c->fresh.path);
 		journal_close(&c->fresh);
 	}
+	free(c->text.at);
 	free(c);
 }
 
 /* ---- the journal: a group ---- */
 
-static void print_grants(FILE *f, const struct delivery *d)
+static void print_grants(struct printout *t, const struct delivery *d)
 {
 	for (size_t i = 0; d->transid != NULL && i < d->to.count; i++)
-		fprintf(f, "for %s %s\n", d->transid, d->to.items[i]);
+		printout_add(t, "for %s %s\n", d->transid, d->to.items[i]);
 }
 
 /* Begins a group: prints those that are noted, and syncs.  The caller has marked them. */
 static int journal_begin(struct store *st, struct delivery *group, off_t size, off_t start,
-    void (*print)(FILE *f, const struct delivery *d))
+    void (*print)(struct printout *t, const struct delivery *d))
 {
 	struct journal *j = &st->journal;
-	char *text = NULL;
-	size_t len = 0, count = 0;
-	FILE *f = open_memstream(&text, &len);
-	int done = -1;
+	struct printout t = { NULL, 0, 0 };
+	size_t count = 0;
+	int done;
 
-	if (f == NULL)
-		return -1;
-	fprintf(f, "group %lld %lld %lld\n", (long long)time(NULL), (long long)size, (long long)start);
+	printout_add(&t, "group %lld %lld %lld\n", (long long)time(NULL), (long long)size, (long long)start);
 	j->group_at = j->end;
-	j->state_at = fflush(f) == 0 ? j->end + (off_t)len : 0;
+	j->state_at = j->end + (off_t)t.len;
 	for (const struct delivery *d = group; d != NULL; d = next_of(d)) {
 		count += d->noted;
 		if (d->noted)
-			fputc('?', f);
+			printout_add(&t, "?");
 	}
-	fputc('\n', f);
+	printout_add(&t, "\n");
 	for (const struct delivery *d = group; d != NULL; d = next_of(d)) {
 		if (!d->noted)
 			continue;
-		print(f, d);
-		print_grants(f, d);
+		print(&t, d);
+		print_grants(&t, d);
 	}
-	if (fclose(f) == 0)
-		done = journal_put(j, text, len, count);
-	free(text);
+	done = journal_put(j, t.at, t.len, count);
+	free(t.at);
 	return done;
 }
 
@@ -7698,8 +7720,8 @@ static int journal_settle(struct journal *j, const struct delivery *group)
 
 /* Ends a group.  What is stored is known from now on.  False where it is not `certain' what
  * is there, or the states cannot be written: nothing of the group may be undone then, for
- * it is read again, and settled by what is there. */
-static bool journal_end(struct store *st, const struct delivery *group, bool certain)
+ * it is read again, and settled by what is there.  No id is taken until that is done. */
+static bool journal_end(struct store *st, struct delivery *group, bool certain)
 {
 	int64_t now = (int64_t)time(NULL);
 	bool settled = certain && journal_settle(&st->journal, group) == 0;
@@ -7708,9 +7730,14 @@ static bool journal_end(struct store *st, const struct delivery *group, bool cer
 		journal_close(&st->journal);
 	else if (!settled)
 		(void)journal_trouble(&st->journal);
-	for (const struct delivery *d = group; d != NULL; d = next_of(d))
-		if (d->noted && d->transid != NULL && d->error == 0)
+	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
+		if (!d->noted || d->transid == NULL || d->error != 0)
+			continue;
+		if (settled)
 			ids_add_all(&st->ids, d, now);
+		else
+			d->error = EAGAIN;
+	}
 	if (settled)
 		journal_compact(&st->journal);
 	return settled;
@@ -7897,74 +7924,60 @@ static const char *const day_names[] = { "Sun", "Mon", "Tue", "Wed", "Thu", "Fri
 static const char *const month_names[] = { "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug",
 	"Sep", "Oct", "Nov", "Dec" };
 
-typedef void print_fn(FILE *f, const struct store *st, const struct delivery *d, const struct tm *now);
-
-/* Text made with stdio, to be freed: headers, an envelope.  NULL with errno. */
-static char *printed(print_fn *print, const struct store *st, const struct delivery *d, size_t *len)
-{
-	time_t seconds = time(NULL);
-	struct tm now;
-	char *text = NULL;
-	FILE *f = open_memstream(&text, len);
-
-	gmtime_r(&seconds, &now);
-	if (f == NULL)
-		return NULL;
-	print(f, st, d, &now);
-	if (fclose(f) == 0)
-		return text;
-	free(text);
-	return NULL;
-}
+typedef void print_fn(struct printout *t, const struct store *st, const struct delivery *d, const struct tm *now);
 
 static int put_head(struct store *st, struct delivery *d, print_fn *print)
 {
-	size_t len;
-	char *text = printed(print, st, d, &len);
-	int done = text == NULL ? -1 : put_text(st, d, slice(text, len));
+	time_t seconds = time(NULL);
+	struct printout t = { NULL, 0, 0 };
+	struct tm now;
+	int done;
 
-	free(text);
+	gmtime_r(&seconds, &now);
+	print(&t, st, d, &now);
+	done = put_text(st, d, slice(t.at, t.len));
+	free(t.at);
 	return done;
 }
 
 /* RFC 5321 4.4: the trace header, its date as in RFC 5322 3.3. */
-static void print_received(FILE *f, const struct store *st, const struct delivery *d,
+static void print_received(struct printout *t, const struct store *st, const struct delivery *d,
     const struct tm *now)
 {
-	fprintf(f, "Received: from %s (%s)\n\tby %s with %s id %s;\n\t"
+	printout_add(t, "Received: from %s (%s)\n\tby %s with %s id %s;\n\t"
 	    "%s, %d %s %d %02d:%02d:%02d +0000\n", d->helo, d->peer, st->host, d->protocol, d->name,
 	    day_names[now->tm_wday], now->tm_mday, month_names[now->tm_mon], now->tm_year + 1900,
 	    now->tm_hour, now->tm_min, now->tm_sec);
 }
 
-static void print_maildir_head(FILE *f, const struct store *st, const struct delivery *d,
+static void print_maildir_head(struct printout *t, const struct store *st, const struct delivery *d,
     const struct tm *now)
 {
-	fprintf(f, "Return-Path: <%s>\n", d->from);
+	printout_add(t, "Return-Path: <%s>\n", d->from);
 	for (size_t i = 0; i < d->to.count; i++)
-		fprintf(f, "Delivered-To: %s\n", d->to.items[i]);
-	print_received(f, st, d, now);
+		printout_add(t, "Delivered-To: %s\n", d->to.items[i]);
+	print_received(t, st, d, now);
 }
 
-static void print_mbox_head(FILE *f, const struct store *st, const struct delivery *d,
+static void print_mbox_head(struct printout *t, const struct store *st, const struct delivery *d,
     const struct tm *now)
 {
-	fprintf(f, "From %s %s %s %2d %02d:%02d:%02d %d\n", *d->from != '\0' ? d->from :
+	printout_add(t, "From %s %s %s %2d %02d:%02d:%02d %d\n", *d->from != '\0' ? d->from :
 	    "MAILER-DAEMON", day_names[now->tm_wday], month_names[now->tm_mon], now->tm_mday,
 	    now->tm_hour, now->tm_min, now->tm_sec, now->tm_year + 1900);
-	print_maildir_head(f, st, d, now);
+	print_maildir_head(t, st, d, now);
 }
 
 /* The commands of a batch that stand before a message. */
-static void print_batch_head(FILE *f, const struct store *st, const struct delivery *d,
+static void print_batch_head(struct printout *t, const struct store *st, const struct delivery *d,
     const struct tm *now)
 {
 	(void)st;
 	(void)now;
-	fprintf(f, "MAIL FROM:<%s>%s\r\n", d->from, d->utf8 ? " SMTPUTF8" : "");
+	printout_add(t, "MAIL FROM:<%s>%s\r\n", d->from, d->utf8 ? " SMTPUTF8" : "");
 	for (size_t i = 0; i < d->to.count; i++)
-		fprintf(f, "RCPT TO:<%s>\r\n", d->to.items[i]);
-	fputs("DATA\r\n", f);
+		printout_add(t, "RCPT TO:<%s>\r\n", d->to.items[i]);
+	printout_add(t, "DATA\r\n");
 }
 
 static int begin_in_mbox_file(struct store *st, struct delivery *d)
@@ -8091,12 +8104,12 @@ static int begin_in_maildir(struct store *st, struct delivery *d)
 
 /* Whether it has its name after all: a file server may have done it and lost the reply
  * (RFC 1813 4.5).  The name is there, and is that of this file. */
-static bool is_published(const struct store *st, const char *tmp, const char *name)
+static bool has_name(const struct store *st, const char *tmp, const char *name)
 {
 	int saved = errno;
-	struct stat there, here;
+	struct stat there, here = { .st_ino = 0 };
 	bool named = fstatat(st->new_dir, name, &there, 0) == 0;
-	bool left = fstatat(st->tmp_dir, tmp, &here, 0) == 0;
+	bool left = fstatat(st->tmp_dir, tmp, &here, 0) == 0 || errno != ENOENT;
 
 	errno = saved;
 	return named && (!left || (here.st_dev == there.st_dev && here.st_ino == there.st_ino));
@@ -8105,7 +8118,7 @@ static bool is_published(const struct store *st, const char *tmp, const char *na
 /* No other file ever has this name. */
 static int publish_in_maildir(struct store *st, const char *tmp, const char *name)
 {
-	return renameat(st->tmp_dir, tmp, st->new_dir, name) == 0 || is_published(st, tmp, name) ? 0 : -1;
+	return renameat(st->tmp_dir, tmp, st->new_dir, name) == 0 || has_name(st, tmp, name) ? 0 : -1;
 }
 
 /* The temporary name of the envelope of a message. */
@@ -8117,22 +8130,24 @@ static const char *side_name(char *side, size_t size, const char *tmp)
 
 static int publish_eml(struct store *st, const char *tmp, const char *name)
 {
+	return linkat(st->dir, tmp, st->dir, name, 0) == 0 || has_name(st, tmp, name) ? 0 : -1;
+}
+
+/* Removes the temporary names.  Another name that they had first is on the disk by now:
+ * a power failure may undo what was not synced in any order. */
+static void drop_temporary(const struct store *st, const char *tmp)
+{
 	char side[SIDE_NAME];
 
-	if (linkat(st->dir, tmp, st->dir, name, 0) != 0 && !is_published(st, tmp, name))
-		return -1;
-	(void)unlinkat(st->dir, tmp, 0);        /* else it has two names */
-	(void)unlinkat(st->dir, side_name(side, sizeof side, tmp), 0);
-	return 0;
+	(void)unlinkat(st->tmp_dir, tmp, 0);
+	if (st->row->envelopes)
+		(void)unlinkat(st->tmp_dir, side_name(side, sizeof side, tmp), 0);
 }
 
 static void json_string(FILE *f, struct bsmtp_slice s);
 
-static void print_envelope(FILE *f, const struct store *st, const struct delivery *d,
-    const struct tm *now)
+static void print_envelope(FILE *f, const struct delivery *d)
 {
-	(void)st;
-	(void)now;
 	fputs("{\"from\":", f);
 	json_string(f, slice_of(d->from));
 	fputs(",\"to\":[", f);
@@ -8148,49 +8163,77 @@ static void print_envelope(FILE *f, const struct store *st, const struct deliver
 	    (unsigned long long)d->octets);
 }
 
-/* The next number: several listeners may share the folder, and each has the numbers
- * whose envelope it has named. */
-static int take_number(struct store *st, struct delivery *d, const char *side)
+/* The next number, as the name of a message whose envelope is `side`: several listeners
+ * may share the folder, and each has the numbers whose envelope it has named. */
+static int take_number(struct store *st, const char *side, char *name, size_t size)
 {
 	int done;
 
 	do {
-		snprintf(d->name, sizeof d->name, "%06llu.json", (unsigned long long)++st->number);
-		done = linkat(st->dir, side, st->dir, d->name, 0);
-	} while (done != 0 && errno == EEXIST && !is_published(st, side, d->name));
-	d->numbered = done == 0 || errno == EEXIST;
-	snprintf(d->name, sizeof d->name, "%06llu.eml", (unsigned long long)st->number);
-	return d->numbered ? 0 : -1;
+		snprintf(name, size, "%06llu.json", (unsigned long long)++st->number);
+		done = linkat(st->dir, side, st->dir, name, 0);
+	} while (done != 0 && errno == EEXIST && !has_name(st, side, name));
+	if (done != 0 && errno != EEXIST)
+		return -1;
+	snprintf(name, size, "%06llu.eml", (unsigned long long)st->number);
+	return 0;
+}
+
+/* The name of the envelope of the message of this name. */
+static const char *envelope_name(char *out, size_t size, const char *name)
+{
+	snprintf(out, size, "%.*s.json", (int)strcspn(name, "."), name);
+	return out;
+}
+
+static int write_envelope(const struct delivery *d)
+{
+	int fd = fcntl(d->side, F_DUPFD_CLOEXEC, 3), done;
+	FILE *f = fd < 0 ? NULL : fdopen(fd, "w");
+
+	if (f == NULL) {
+		if (fd >= 0)
+			close(fd);
+		return -1;
+	}
+	print_envelope(f, d);
+	done = ferror(f) ? -1 : 0;
+	return fclose(f) == 0 ? done : -1;
 }
 
 /* The envelope beside the message, there before it and synced with it. */
 static int prepare_eml(struct store *st, struct delivery *d)
 {
-	char side[SIDE_NAME], *text;
-	size_t len;
-	int done;
+	char side[SIDE_NAME];
 
 	d->side = open_tmp(st, side_name(side, sizeof side, d->tmp));
 	if (d->side < 0)
 		return -1;
-	text = printed(print_envelope, st, d, &len);
-	done = text == NULL ? -1 : write_all(d->side, text, len);
-	free(text);
-	return done != 0 ? -1 : take_number(st, d, side);
+	d->numbered = write_envelope(d) == 0 && take_number(st, side, d->name, sizeof d->name) == 0;
+	return d->numbered ? 0 : -1;
 }
 
-/* Removes a message that is not stored; with an envelope, that has this name. */
+/* Removes a message that is not stored, and its envelope, which may have this name. */
 static void discard_file(const struct store *st, const char *tmp, const char *name)
 {
-	char other[SIDE_NAME];
+	char side[SIDE_NAME], number[SIDE_NAME];
 
-	(void)unlinkat(st->tmp_dir, tmp, 0);
-	if (!st->row->envelopes)
-		return;
-	(void)unlinkat(st->tmp_dir, side_name(other, sizeof other, tmp), 0);
-	snprintf(other, sizeof other, "%.*s.json", (int)strcspn(name, "."), name);
-	if (*name != '\0')
-		(void)unlinkat(st->dir, other, 0);
+	if (st->row->envelopes && *name != '\0' && has_name(st, side_name(side, sizeof side, tmp),
+	    envelope_name(number, sizeof number, name)))
+		(void)unlinkat(st->dir, number, 0);
+	drop_temporary(st, tmp);
+}
+
+/* Gives a message that was noted its name.  A reader may have taken it, its envelope and
+ * with that its number since it had them: then it gets another. */
+static int publish_again(struct store *st, const char *tmp, const char *noted)
+{
+	char side[SIDE_NAME], name[SIDE_NAME];
+
+	if (!st->row->envelopes || has_name(st, side_name(side, sizeof side, tmp), envelope_name(name, sizeof name, noted)) ||
+	    take_number(st, side, name, sizeof name) != 0)
+		return st->row->publish(st, tmp, noted);
+	return st->row->publish(st, tmp, name);
 }
 
 /* Names are T.MxPyQz.host: whether process y was of this host, and is gone; or a day and
@@ -8227,7 +8270,7 @@ static void discard_number(const struct store *st, DIR *dir, const char *side)
 		    number.st_ino != s.st_ino)
 			continue;
 		snprintf(message, sizeof message, "%.*s.eml", (int)n, entry->d_name);
-		if (faccessat(st->dir, message, F_OK, 0) != 0)
+		if (faccessat(st->dir, message, F_OK, 0) != 0 && errno == ENOENT)
 			(void)unlinkat(st->dir, entry->d_name, 0);
 		return;
 	}
@@ -8289,14 +8332,18 @@ static int settle_files(struct store *st, struct group *g)
 	for (size_t i = 0; i < g->count; i++) {
 		struct part *p = &g->parts[i];
 		bool left = faccessat(st->tmp_dir, p->tmp, F_OK, 0) == 0;
+		if (!left && errno != ENOENT)
+			return -1;              /* who cannot see it knows nothing */
 		if (p->state == '?')
-			p->state = !left || st->row->publish(st, p->tmp, p->name) == 0 ? '+' : '-';
+			p->state = !left || publish_again(st, p->tmp, p->name) == 0 ? '+' : '-';
 	}
 	if (fsync(st->new_dir) != 0)
 		return -1;
 	for (size_t i = 0; i < g->count; i++)
 		if (g->parts[i].state == '-')
 			discard_file(st, g->parts[i].tmp, g->parts[i].name);
+		else
+			drop_temporary(st, g->parts[i].tmp);
 	return journal_resolve(st, g);
 }
 
@@ -8308,20 +8355,19 @@ static int settle_open_files(struct store *st)
 	return 0;
 }
 
-static void print_file(FILE *f, const struct delivery *d)
+static void print_file(struct printout *t, const struct delivery *d)
 {
-	fprintf(f, "file %s %s\n", d->tmp, d->name);
+	printout_add(t, "file %s %s\n", d->tmp, d->name);
 }
 
 /* Begins a group in the journal, of the messages that have an id.  Where that cannot be
- * done none of them is stored. */
-static void note_files(struct store *st, struct delivery *group)
+ * done none of them is stored; and false where they may be in the journal all the same:
+ * then they may not be removed. */
+static bool note_files(struct store *st, struct delivery *group)
 {
 	size_t count = 0;
-	int done = fsync(st->tmp_dir);          /* the names that are noted are there */
+	int done = journal_lock(st, true) != 0 || settle_open_files(st) != 0 ? -1 : 0;
 
-	if (done == 0)
-		done = journal_lock(st, true) != 0 || settle_open_files(st) != 0 ? -1 : 0;
 	for (struct delivery *d = group; d != NULL && done == 0; d = next_of(d)) {
 		journal_judge(st, d);
 		d->noted = d->transid != NULL && is_due(d);
@@ -8332,8 +8378,9 @@ static void note_files(struct store *st, struct delivery *group)
 	for (struct delivery *d = group; d != NULL && done != 0; d = next_of(d)) {
 		if (d->transid != NULL && is_due(d))
 			d->error = errno;
-		d->noted = false;
+		d->noted = d->noted && done == JOURNAL_DOUBT;
 	}
+	return done != JOURNAL_DOUBT;
 }
 
 /* Gives each its name; false where that is not sure to last. */
@@ -8346,8 +8393,12 @@ static bool name_files(struct store *st, struct delivery *group)
 		if (is_due(d) && st->row->publish(st, d->tmp, d->name) != 0)
 			d->error = errno;
 	}
-	if (fsync(st->new_dir) == 0)
+	if (fsync(st->new_dir) == 0) {
+		for (struct delivery *d = group; d != NULL; d = next_of(d))
+			if (is_due(d) && st->row->envelopes)
+				drop_temporary(st, d->tmp);
 		return true;
+	}
 	error = errno;
 	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
 		if (!is_due(d))
@@ -8359,8 +8410,16 @@ static bool name_files(struct store *st, struct delivery *group)
 	return false;
 }
 
-/* Syncs the text of each. */
-static void sync_files(struct store *st, struct delivery *group, size_t count)
+static void fail_group(struct delivery *group, int error)
+{
+	for (struct delivery *d = group; d != NULL; d = next_of(d))
+		if (is_due(d))
+			d->error = error;
+}
+
+/* Syncs the text of each; with `names' also the names that they have by now, before a
+ * journal or another name tells of them. */
+static void sync_files(struct store *st, struct delivery *group, size_t count, bool names)
 {
 	enum { FEW = 3 };       /* up to so many, single syncs are the faster way */
 
@@ -8369,22 +8428,24 @@ static void sync_files(struct store *st, struct delivery *group, size_t count)
 	for (struct delivery *d = group; d != NULL; d = next_of(d))
 		if (d->error == 0 && (fsync(d->fd) != 0 || (d->side >= 0 && fsync(d->side) != 0)))
 			d->error = errno;
+	if (names && fsync(st->tmp_dir) != 0)
+		fail_group(group, errno);
 }
 
 static void commit_files(struct store *st, struct delivery *group)
 {
 	size_t count = 0, ids = 0;
-	bool settled;
+	bool settled = true;
 
 	for (struct delivery *d = group; d != NULL; d = next_of(d), count++) {
 		ids += d->transid != NULL;
 		if (st->row->prepare != NULL && st->row->prepare(st, d) != 0)
 			d->error = errno;
 	}
-	sync_files(st, group, count);
+	sync_files(st, group, count, ids > 0 || st->row->envelopes);
 	if (ids > 0)
-		note_files(st, group);
-	settled = name_files(st, group);
+		settled = note_files(st, group);
+	settled = name_files(st, group) && settled;
 	if (ids > 0) {
 		settled = journal_end(st, group, settled);
 		journal_unlock(&st->journal);
@@ -8402,6 +8463,8 @@ struct append {
 	bool dotted;            /* FILE.lock is ours */
 };
 
+enum { LEAD_MAX = 300 };
+
 static void lock_name(char *path, size_t size, const struct store *st)
 {
 	snprintf(path, size, "%s.lock", st->path);
@@ -8409,7 +8472,8 @@ static void lock_name(char *path, size_t size, const struct store *st)
 
 enum { STALE_LOCK_SECONDS = 300 };
 
-/* A lock file whose process is gone, or that names none and is old, is in nobody's way. */
+/* A lock file whose process is gone, or that is old, is in nobody's way: after a power
+ * failure another process may have the number. */
 static bool dotlock_is_stale(const char *path)
 {
 	char text[32] = "";
@@ -8424,8 +8488,8 @@ static bool dotlock_is_stale(const char *path)
 		return false;
 	}
 	close(fd);
-	if (sscanf(text, "%ld", &pid) == 1 && pid > 0)
-		return kill((pid_t)pid, 0) != 0 && errno == ESRCH;
+	if (sscanf(text, "%ld", &pid) == 1 && pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH)
+		return true;
 	return s.st_mtime + STALE_LOCK_SECONDS < time(NULL);
 }
 
@@ -8501,8 +8565,8 @@ static void append_close(const struct store *st, struct append *a)
 	errno = saved;
 }
 
-/* The digest of so many octets of a file; false where they are not there. */
-static bool digest_file(int fd, off_t at, off_t end, struct digest *d)
+/* The digest of so many octets of a file: 0; 1 where they are not there. */
+static int digest_file(int fd, off_t at, off_t end, struct digest *d)
 {
 	char copy[16 << 10];
 	struct hash h;
@@ -8510,35 +8574,41 @@ static bool digest_file(int fd, off_t at, off_t end, struct digest *d)
 	hash_begin(&h, (struct digest){ 0, 0 });
 	while (at < end) {
 		size_t want = end - at < (off_t)sizeof copy ? (size_t)(end - at) : sizeof copy;
-		if (get_at(fd, copy, want, at) != (ssize_t)want)
-			return false;
+		ssize_t n = get_at(fd, copy, want, at);
+		if (n != (ssize_t)want)
+			return n < 0 ? -1 : 1;
 		hash_add(&h, slice(copy, want));
-		at += (off_t)want;
+		at += n;
 	}
 	*d = hash_end(&h);
-	return true;
+	return 0;
 }
 
-static bool has_octets(const struct append *a, off_t at, off_t end, struct digest want)
+/* Whether the file has these octets there: 1, or 0; who cannot read it does not know. */
+static int has_octets(const struct append *a, off_t at, off_t end, struct digest want)
 {
 	struct digest got;
+	int how = end <= a->size ? digest_file(a->fd, at, end, &got) : 1;
 
-	return end <= a->size && digest_file(a->fd, at, end, &got) && same_digest(got, want);
+	return how < 0 ? -1 : how == 0 && same_digest(got, want);
 }
 
 /* ---- settling an appended group ---- */
 
-/* Whether a whole sector of it is NULs: a power failure has taken a block. */
+/* Whether what it has of a sector is NULs: a power failure has taken a block.  No message
+ * begins or ends with NULs. */
 static bool has_lost_block(const struct append *a, off_t at, off_t end)
 {
 	enum { SECTOR = 512 };
 	static const char nuls[SECTOR];
 	char octets[SECTOR];
 
-	for (at = (at + SECTOR - 1) / SECTOR * SECTOR; at + SECTOR <= end; at += SECTOR)
-		if (get_at(a->fd, octets, sizeof octets, at) == (ssize_t)sizeof octets &&
-		    memcmp(octets, nuls, sizeof octets) == 0)
+	for (off_t next; at < end; at = next) {
+		next = min_off(at / SECTOR * SECTOR + SECTOR, end);
+		if (get_at(a->fd, octets, (size_t)(next - at), at) == next - at &&
+		    memcmp(octets, nuls, (size_t)(next - at)) == 0)
 			return true;
+	}
 	return false;
 }
 
@@ -8560,7 +8630,7 @@ static bool begins_alike(const struct append *a, off_t at, off_t end, const stru
 	print_hex(hex, (const unsigned char *)octets, (size_t)got);
 	if (strncmp(hex, p->head, 2 * (size_t)got) == 0)
 		return end - at < (off_t)p->head_len || has_lost_block(a, at, end) ||
-		    has_octets(a, at, at + (off_t)p->head_len, p->head_digest);
+		    has_octets(a, at, at + (off_t)p->head_len, p->head_digest) == 1;
 	while (n < (size_t)got && octets[n] == '\0')
 		n++;
 	return n == (size_t)got;
@@ -8576,8 +8646,8 @@ static bool is_glued(const char *text, const char *from)
 	return from > text && from[-1] != '\n';
 }
 
-/* Where in [at, end) the next message of another program begins, or the end; `glued`: also
- * in the middle of a line. */
+/* Where in [at, end) the next message of another program begins, or the end; -1 where it
+ * cannot be read; `glued`: also in the middle of a line. */
 static off_t next_from_line(const struct append *a, off_t at, off_t end, bool glued)
 {
 	enum { STEP = 4096 };
@@ -8587,6 +8657,8 @@ static off_t next_from_line(const struct append *a, off_t at, off_t end, bool gl
 	for (; at < end; at += STEP) {          /* and the octet before */
 		ssize_t n = get_at(a->fd, text, sizeof text, at - 1);
 		const char *last = text + min_size(n > 0 ? (size_t)n : 0, 1 + STEP), *from = text;
+		if (n < 0)
+			return -1;
 		while (++from < last && (from = memchr(from, 'F', (size_t)(last - from))) != NULL) {
 			if (from[-1] != '\n' && !(glued && is_glued(text, from)))
 				continue;
@@ -8606,6 +8678,8 @@ static off_t next_transaction(const struct append *a, off_t at, off_t end)
 
 	for (off_t from = at; from < end; from += STEP) {
 		ssize_t n = get_at(a->fd, text, sizeof text, from);
+		if (n < 0)
+			return -1;
 		for (ssize_t i = 0; i + 5 <= n; i++)
 			if (memcmp(text + i, "\r\n.\r\n", 5) == 0 && from + i + 5 <= end)
 				return at - 1;
@@ -8650,7 +8724,7 @@ static off_t next_whole(const struct append *a, const struct group *g, size_t i)
 }
 
 /* How far what is torn of a message reaches; its start where that is not certain: it may be
- * whole, and a mail reader may have marked it. */
+ * whole, and a mail reader may have marked it.  -1 where it cannot be read. */
 static off_t torn_end(const struct store *st, const struct append *a, const struct group *g, size_t i)
 {
 	const struct part *p = &g->parts[i];
@@ -8660,12 +8734,16 @@ static off_t torn_end(const struct store *st, const struct append *a, const stru
 		return start;
 	limit = next_whole(a, g, i);
 	end = next_foreign(st, a, start + 1, min_off(limit, p->end - 1), false);
+	if (end < 0)
+		return -1;
 	if (end < min_off(limit, p->end - 1) || limit < p->end)
 		end = next_foreign(st, a, start + 1, end, true);
 	else if (has_lost_block(a, start, p->end))
 		end = p->end;
 	else
 		return start;
+	if (end < 0)
+		return -1;
 	return end > start && begins_alike(a, start, end, p) ? end : start;
 }
 
@@ -8675,7 +8753,7 @@ static int remove_torn(const struct store *st, struct append *a, const struct gr
 	off_t start = part_start(g, i), end = torn_end(st, a, g, i);
 
 	if (end <= start)
-		return 0;
+		return end < 0 ? -1 : 0;
 	if (end < a->size) {
 		diag("%s: blanked out %lld octets of a message that was never whole", st->path,
 		    (long long)(end - start));
@@ -8687,17 +8765,56 @@ static int remove_torn(const struct store *st, struct append *a, const struct gr
 	return ftruncate(a->fd, start);
 }
 
+/* What stands before the first message of a group, len octets: blank lines in an mbox, in
+ * a batch its opening, with a host as long as it had. */
+static void make_lead(const struct store *st, char *lead, size_t len)
+{
+	memset(lead, st->row->from_lines ? '\n' : 'x', len);
+	if (st->row->from_lines)
+		return;
+	memcpy(lead, "EHLO ", min_size(len, 5));
+	if (len == strlen(st->host) + 7)
+		memcpy(lead + 5, st->host, strlen(st->host));
+	memcpy(lead + len - 2, "\r\n", 2);
+}
+
+/* Mends what stands before the first message: it is cut off where it is torn and the last
+ * of the file, and a power failure may have left NULs in its place. */
+static int mend_lead(const struct store *st, struct append *a, const struct group *g)
+{
+	char lead[LEAD_MAX], octets[LEAD_MAX];
+	size_t len = (size_t)(g->start - g->size);
+	off_t at = g->size;
+	ssize_t n;
+
+	if (len < (st->row->from_lines ? 1 : 7) || len > sizeof lead || a->size <= g->size)
+		return 0;
+	make_lead(st, lead, len);
+	n = get_at(a->fd, octets, len, at);
+	for (ssize_t i = 0; i < min_off(n, 5); i++)
+		if (octets[i] != lead[i] && octets[i] != '\0')
+			return 0;               /* another program's */
+	if (a->size <= g->start) {
+		a->size = g->size;
+		return ftruncate(a->fd, g->size);
+	}
+	return n > 0 && memchr(octets, '\0', (size_t)n) != NULL ? put_at(a->fd, lead, len, &at) : 0;
+}
+
 /* Settles a group that another listener has left open, by what is in the file. */
 static int settle_appended(struct store *st, struct append *a, struct group *g)
 {
-	for (size_t i = 0; i < g->count; i++)
-		if (g->parts[i].state == '?')
-			g->parts[i].state = has_octets(a, part_start(g, i), g->parts[i].end, g->parts[i].digest) ?
-			    '+' : '-';
+	for (size_t i = 0; i < g->count; i++) {
+		struct part *p = &g->parts[i];
+		int there = p->state != '?' ? p->state == '+' : has_octets(a, part_start(g, i), p->end, p->digest);
+		if (there < 0)
+			return -1;
+		p->state = there ? '+' : '-';
+	}
 	for (size_t i = g->count; i-- > 0;)
 		if (g->parts[i].state == '-' && remove_torn(st, a, g, i) != 0)
 			return -1;
-	return fsync(a->fd) != 0 ? -1 : journal_resolve(st, g);
+	return mend_lead(st, a, g) != 0 || fsync(a->fd) != 0 ? -1 : journal_resolve(st, g);
 }
 
 /* Opens the file under the locks of all, and settles what was left open.  It may have been
@@ -8743,21 +8860,22 @@ static int open_append_store(struct store *st)
 /* ---- appending a group ---- */
 
 /* What must stand between the file's end and the first message: in an mbox a blank line,
- * in a batch that is empty its opening. */
-static size_t append_lead(const struct store *st, const struct append *a, char *lead, size_t size)
+ * in a batch that is empty its opening.  -1 with errno. */
+static ssize_t append_lead(const struct store *st, const struct append *a, char *lead, size_t size)
 {
 	char last[2] = { '\n', '\n' };
 	size_t n = a->size > 1 ? 2 : (size_t)a->size;
 
 	lead[0] = '\0';
-	(void)get_at(a->fd, last + 2 - n, n, a->size - (off_t)n);
+	if (get_at(a->fd, last + 2 - n, n, a->size - (off_t)n) < 0)
+		return -1;
 	if (!st->row->from_lines && a->size == 0)
 		snprintf(lead, size, "EHLO %s\r\n", st->host);
 	if (st->row->from_lines && last[1] != '\n')
 		snprintf(lead, size, "\n\n");
 	else if (st->row->from_lines && last[0] != '\n')
 		snprintf(lead, size, "\n");
-	return strlen(lead);
+	return (ssize_t)strlen(lead);
 }
 
 /* What the journal is to know of a message that will begin at `at`; false with errno. */
@@ -8773,21 +8891,21 @@ static bool weigh(struct delivery *d, off_t at)
 		memcpy(octets, d->spool, (size_t)n);
 	} else {
 		n = get_at(d->fd, octets, sizeof octets, 0);
-		if (n < 0 || !digest_file(d->fd, 0, d->end - at, &d->digest) ||
-		    !digest_file(d->fd, 0, (off_t)d->head_len, &d->head_digest))
+		if (n < 0 || digest_file(d->fd, 0, d->end - at, &d->digest) != 0 ||
+		    digest_file(d->fd, 0, (off_t)d->head_len, &d->head_digest) != 0)
 			return false;
 	}
 	print_hex(d->head, (const unsigned char *)octets, (size_t)n);
 	return true;
 }
 
-static void print_part(FILE *f, const struct delivery *d)
+static void print_part(struct printout *t, const struct delivery *d)
 {
-	fprintf(f, "part %lld", (long long)d->end);
-	print_digest(f, d->digest);
-	fprintf(f, " %s %llu", d->head, (unsigned long long)d->head_len);
-	print_digest(f, d->head_digest);
-	fputc('\n', f);
+	printout_add(t, "part %lld", (long long)d->end);
+	print_digest(t, d->digest);
+	printout_add(t, " %s %llu", d->head, (unsigned long long)d->head_len);
+	print_digest(t, d->head_digest);
+	printout_add(t, "\n");
 }
 
 static int append_one(const struct append *a, const struct delivery *d, off_t *at)
@@ -8832,12 +8950,13 @@ static int note_appended(struct store *st, const struct append *a, struct delive
  * that stay. */
 static int append_group(struct store *st, struct append *a, struct delivery *group)
 {
-	char lead[300];
-	size_t lead_len = append_lead(st, a, lead, sizeof lead);
+	char lead[LEAD_MAX];
+	ssize_t lead_len = append_lead(st, a, lead, sizeof lead);
 	off_t at = a->size, good = a->size;
 	bool all = true;
 
-	if (note_appended(st, a, group, a->size + (off_t)lead_len) != 0 || put_at(a->fd, lead, lead_len, &at) != 0)
+	if (lead_len < 0 || note_appended(st, a, group, a->size + lead_len) != 0 ||
+	    put_at(a->fd, lead, (size_t)lead_len, &at) != 0)
 		return -1;
 	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
 		if (!d->noted)
@@ -8853,13 +8972,6 @@ static int append_group(struct store *st, struct append *a, struct delivery *gro
 	if (fsync(a->fd) != 0)
 		return -1;
 	return a->size == 0 ? sync_parent(st->path) : 0;
-}
-
-static void fail_group(struct delivery *group, int error)
-{
-	for (struct delivery *d = group; d != NULL; d = next_of(d))
-		if (is_due(d))
-			d->error = error;
 }
 
 static void commit_appended(struct store *st, struct delivery *group)
@@ -9184,27 +9296,23 @@ static struct job *pool_stop(struct pool *p)
  * command has ended, so that a note which cannot be made changes nothing about that. */
 static void note_delivered(struct store *st, struct delivery *group)
 {
-	char *text = NULL;
-	size_t len = 0;
-	FILE *f = open_memstream(&text, &len);
+	struct printout t = { NULL, 0, 0 };
 	int64_t now = (int64_t)time(NULL);
-	int done = -1;
 
 	for (const struct delivery *d = group; d != NULL; d = next_of(d)) {
 		ids_add_all(&st->ids, d, now);
-		for (size_t i = 0; f != NULL && i < d->to.count; i++)
-			fprintf(f, "known %lld %s %s\n", (long long)now, d->transid, d->to.items[i]);
+		for (size_t i = 0; i < d->to.count; i++)
+			printout_add(&t, "known %lld %s %s\n", (long long)now, d->transid, d->to.items[i]);
 	}
-	if (f != NULL && fclose(f) == 0 && journal_lock(st, true) == 0) {
-		done = journal_put(&st->journal, text, len, 0);
-		if (done == 0)
+	if (journal_lock(st, true) == 0) {
+		if (journal_put(&st->journal, t.at, t.len, 0) == 0)
 			st->journal.end = st->journal.group_end;
 		else
 			(void)journal_trouble(&st->journal);
 		journal_compact(&st->journal);
 		journal_unlock(&st->journal);
 	}
-	free(text);
+	free(t.at);
 	for (struct delivery *d = group; d != NULL; d = next_of(d))
 		close_files(d);
 }
@@ -10556,11 +10664,14 @@ static void await_message(struct sender *s)
 	} while (s->source_waits && (poll(&p, 1, -1) >= 0 || errno == EINTR));
 }
 
+enum { BATCH_STEP = 16 << 10 };
+
 /* The text of the message that is ready, its dots doubled; false where it breaks
- * off. */
+ * off.  The buffers of the connection are in use. */
 static bool write_batch_text(struct sender *s, FILE *f)
 {
 	struct bsmtp_encoder encoder = { .dots = true };
+	char out[BATCH_STEP];
 	enum got got;
 
 	for (;;) {
@@ -10572,12 +10683,12 @@ static bool write_batch_text(struct sender *s, FILE *f)
 			continue;
 		if (got != GOT_DATA)
 			break;
-		used = bsmtp_encode(&encoder, s->out, sizeof s->out, &made, text.at, text.len);
-		fwrite(s->out, 1, made, f);
+		used = bsmtp_encode(&encoder, out, sizeof out, &made, text.at, text.len);
+		fwrite(out, 1, made, f);
 		source_taken(s->input, used);
 		s->current->octets += used;
 	}
-	fwrite(s->out, 1, bsmtp_encode_end(&encoder, s->out), f);
+	fwrite(out, 1, bsmtp_encode_end(&encoder, out), f);
 	s->strays += encoder.strays;
 	source_done(s->input);
 	return got == GOT_END;
@@ -10589,13 +10700,14 @@ static bool write_detour(struct sender *s, FILE *body, FILE *batch, size_t rcpt_
 {
 	const struct letter *l = s->current;
 	bool whole = write_batch_text(s, body) && fflush(body) == 0;
+	char copy[BATCH_STEP];
 
 	for (size_t i = 0; whole && i < l->to->count; i += rcpt_max) {
 		size_t n;
 		print_letter(s, batch, i, min_size(i + rcpt_max, l->to->count));
 		rewind(body);
-		while ((n = fread(s->in, 1, sizeof s->in, body)) > 0)
-			fwrite(s->in, 1, n, batch);
+		while ((n = fread(copy, 1, sizeof copy, body)) > 0)
+			fwrite(copy, 1, n, batch);
 		fputs(".\r\n", batch);
 		whole = !ferror(body);
 	}
@@ -11346,7 +11458,8 @@ static bool write_batch_message(struct sender *s, FILE *f)
 static int write_batch(struct sender *s)
 {
 	bool standard = strcmp(options.output, "-") == 0, good = true;
-	FILE *f = standard ? stdout : fopen(options.output, "w");
+	int fd = standard ? -1 : open(options.output, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+	FILE *f = standard ? stdout : fd < 0 ? NULL : fdopen(fd, "w");
 
 	if (f == NULL) {
 		diag("%s: %s", options.output, strerror(errno));
@@ -11369,25 +11482,29 @@ static int write_batch(struct sender *s)
 
 /* ---- the network ---- */
 
-/* Through a command: its standard input and output are a socket to us. */
+/* Through a command: its standard input and output are two pipes to us.  One socket for
+ * both would be one open file, and whoever sets it non-blocking does so for all in a
+ * pipeline. */
 static int dial_command(struct sender *s)
 {
-	int pair[2];
+	int in[2] = { -1, -1 }, out[2] = { -1, -1 };
 
 	snprintf(s->peer, sizeof s->peer, "%s", options.connect_command);
-	if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0 || !set_flags(pair[0]) ||
+	if (pipe(in) != 0 || pipe(out) != 0 || !set_flags(in[0]) || !set_flags(out[1]) ||
 	    (s->on.child = fork()) < 0) {
 		diag("%s: %s", s->peer, strerror(errno));
 		return EX_OSERR;
 	}
 	if (s->on.child == 0) {
 		(void)signal(SIGPIPE, SIG_DFL);
-		if (dup2(pair[1], STDIN_FILENO) >= 0 && dup2(pair[1], STDOUT_FILENO) >= 0)
+		if (dup2(out[0], STDIN_FILENO) >= 0 && dup2(in[1], STDOUT_FILENO) >= 0 &&
+		    close(out[0]) == 0 && close(in[1]) == 0)
 			execl("/bin/sh", "sh", "-c", options.connect_command, (char *)NULL);
 		_exit(127);
 	}
-	close(pair[1]);
-	s->on.link = (struct link){ pair[0], pair[0], NULL };
+	close(out[0]);
+	close(in[1]);
+	s->on.link = (struct link){ in[0], out[1], NULL };
 	trace_note(&s->trace, "started: %s", options.connect_command);
 	return EX_OK;
 }
