@@ -4471,6 +4471,26 @@ static void printout_add(struct printout *t, const char *format, ...)
 	t->len += n > 0 ? (size_t)n : 0;
 }
 
+enum { JSON_ESCAPE = 8 };
+
+/* Takes the next octets from s, as a JSON string has them (RFC 8259 7); what needs an escape
+ * is made in `room`.  Octets that are no UTF-8 become U+FFFD. */
+static struct bsmtp_slice json_next(struct bsmtp_slice *s, char room[JSON_ESCAPE])
+{
+	size_t n = utf8_sequence(*s);
+	unsigned char c = (unsigned char)s->at[0];
+	struct bsmtp_slice next = slice(s->at, n);
+
+	if (n == 0)
+		next = slice("\xEF\xBF\xBD", 3);
+	else if (c == '"' || c == '\\')
+		next = slice(room, (size_t)snprintf(room, JSON_ESCAPE, "\\%c", c));
+	else if (c < ' ' || c == 127)
+		next = slice(room, (size_t)snprintf(room, JSON_ESCAPE, "\\u%04x", c));
+	*s = slice(s->at + (n > 0 ? n : 1), s->len - (n > 0 ? n : 1));
+	return next;
+}
+
 static void list_add(struct list *list, struct bsmtp_slice item)
 {
 	if (list->count == list->room) {
@@ -8144,22 +8164,32 @@ static void drop_temporary(const struct store *st, const char *tmp)
 		(void)unlinkat(st->tmp_dir, side_name(side, sizeof side, tmp), 0);
 }
 
-static void json_string(FILE *f, struct bsmtp_slice s);
-
-static void print_envelope(FILE *f, const struct delivery *d)
+static void json_add(struct printout *t, struct bsmtp_slice s)
 {
-	fputs("{\"from\":", f);
-	json_string(f, slice_of(d->from));
-	fputs(",\"to\":[", f);
-	for (size_t i = 0; i < d->to.count; i++) {
-		fputs(i > 0 ? "," : "", f);
-		json_string(f, slice_of(d->to.items[i]));
+	char room[JSON_ESCAPE];
+
+	printout_add(t, "\"");
+	while (s.len > 0) {
+		struct bsmtp_slice next = json_next(&s, room);
+		printout_add(t, "%.*s", (int)next.len, next.at);
 	}
-	fputs("],\"peer\":", f);
-	json_string(f, slice_of(d->peer));
-	fputs(",\"helo\":", f);
-	json_string(f, slice_of(d->helo));
-	fprintf(f, ",\"protocol\":\"%s\",\"octets\":%llu}\n", d->protocol,
+	printout_add(t, "\"");
+}
+
+static void print_envelope(struct printout *t, const struct delivery *d)
+{
+	printout_add(t, "{\"from\":");
+	json_add(t, slice_of(d->from));
+	printout_add(t, ",\"to\":[");
+	for (size_t i = 0; i < d->to.count; i++) {
+		printout_add(t, "%s", i > 0 ? "," : "");
+		json_add(t, slice_of(d->to.items[i]));
+	}
+	printout_add(t, "],\"peer\":");
+	json_add(t, slice_of(d->peer));
+	printout_add(t, ",\"helo\":");
+	json_add(t, slice_of(d->helo));
+	printout_add(t, ",\"protocol\":\"%s\",\"octets\":%llu}\n", d->protocol,
 	    (unsigned long long)d->octets);
 }
 
@@ -8188,17 +8218,13 @@ static const char *envelope_name(char *out, size_t size, const char *name)
 
 static int write_envelope(const struct delivery *d)
 {
-	int fd = fcntl(d->side, F_DUPFD_CLOEXEC, 3), done;
-	FILE *f = fd < 0 ? NULL : fdopen(fd, "w");
+	struct printout t = { NULL, 0, 0 };
+	int done;
 
-	if (f == NULL) {
-		if (fd >= 0)
-			close(fd);
-		return -1;
-	}
-	print_envelope(f, d);
-	done = ferror(f) ? -1 : 0;
-	return fclose(f) == 0 ? done : -1;
+	print_envelope(&t, d);
+	done = write_all(d->side, t.at, t.len);
+	free(t.at);
+	return done;
 }
 
 /* The envelope beside the message, there before it and synced with it. */
@@ -8613,12 +8639,12 @@ static bool has_lost_block(const struct append *a, off_t at, off_t end)
 }
 
 /* Whether what stands in [at, end) is the beginning of the message, but for line ends that
- * another program put after it; or nothing but NULs, which a power failure puts in place
- * of a block. */
+ * another program put after it, and for NULs, which a power failure puts in place of a
+ * block. */
 static bool begins_alike(const struct append *a, off_t at, off_t end, const struct part *p)
 {
 	char octets[HEAD_KEPT], hex[2 * HEAD_KEPT + 1];
-	size_t most = min_size(strlen(p->head) / 2, sizeof octets), n = 0;
+	size_t most = min_size(strlen(p->head) / 2, sizeof octets), nuls = 0;
 	ssize_t got;
 
 	for (int lead = 0; lead < 2 && end > at; lead++, end--)
@@ -8628,12 +8654,13 @@ static bool begins_alike(const struct append *a, off_t at, off_t end, const stru
 	if (got <= 0)
 		return false;
 	print_hex(hex, (const unsigned char *)octets, (size_t)got);
-	if (strncmp(hex, p->head, 2 * (size_t)got) == 0)
-		return end - at < (off_t)p->head_len || has_lost_block(a, at, end) ||
-		    has_octets(a, at, at + (off_t)p->head_len, p->head_digest) == 1;
-	while (n < (size_t)got && octets[n] == '\0')
-		n++;
-	return n == (size_t)got;
+	for (size_t i = 0; i < (size_t)got; i++)
+		if (octets[i] == '\0')
+			nuls++;
+		else if (memcmp(hex + 2 * i, p->head + 2 * i, 2) != 0)
+			return false;
+	return nuls > 0 || end - at < (off_t)p->head_len || has_lost_block(a, at, end) ||
+	    has_octets(a, at, at + (off_t)p->head_len, p->head_digest) == 1;
 }
 
 /* Whether a From_ line that stands in the middle of a line was put there by another
@@ -9636,20 +9663,12 @@ static void worst(int *status, int other)
 /* A JSON string; octets that are no UTF-8 become U+FFFD. */
 static void json_string(FILE *f, struct bsmtp_slice s)
 {
+	char room[JSON_ESCAPE];
+
 	fputc('"', f);
 	while (s.len > 0) {
-		size_t n = utf8_sequence(s);
-		unsigned char c = (unsigned char)s.at[0];
-		if (n == 0)
-			fputs("\xEF\xBF\xBD", f);
-		else if (c == '"' || c == '\\')
-			fprintf(f, "\\%c", c);
-		else if (c < ' ' || c == 127)
-			fprintf(f, "\\u%04x", c);
-		else
-			fwrite(s.at, 1, n, f);
-		n = n > 0 ? n : 1;
-		s = slice(s.at + n, s.len - n);
+		struct bsmtp_slice next = json_next(&s, room);
+		fwrite(next.at, 1, next.len, f);
 	}
 	fputc('"', f);
 }

@@ -9,9 +9,10 @@ campaign() { /usr/bin/python3 "$top/tests/tools/campaign" "$@"; }
 	campaign --program "$BSMTP" --small
 }
 
-# This tries out the campaign itself; a sanitized program cannot have the faults.
+# This tries out the campaign itself, with the plain program, for a sanitized one cannot
+# have the faults: each build's run of the suite has its share.
 @test "a sync that is left out is noticed: of the mail, of what stands beside it, of folders" {
-	for what in store side names; do
-		campaign --program "$top/bsmtp" --plant $what --places 50
-	done
+	local what
+	case $BSMTP in *asan*) what=store ;; *torture*) what=side ;; *) what=names ;; esac
+	campaign --program "$top/bsmtp" --plant $what --places 50
 }

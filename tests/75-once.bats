@@ -128,6 +128,20 @@ all_have() { seq -f 'r%.0f@example.net' 1 "$1" | sort | diff - <(who_has); }
 	done
 }
 
+@test "a split leaves what is on its way to the server as it is" {
+	local n
+	for n in 1 2 3 4; do
+		{ printf 'Subject: %s\n\n' $n; seq $n$n "${n}0000"; } >m.$n
+	done
+	start_listener --eml in --max-recipients 2
+	send --to a@x.example,b@x.example,c@x.example,d@x.example,e@x.example m.1 m.2 m.3 m.4
+	stop_listener
+	for n in 1 2 3 4; do
+		assert_equal "$(for file in in/*.eml; do tr -d '\r' <"$file" | cmp -s - m.$n && echo $n; done | wc -l)" 3
+	done
+	assert_equal "$(cat in/*.json | jq -r '.to[]' | sort | uniq -c | awk '{ print $1 }' | uniq)" 4
+}
+
 @test "the same transaction twice in one stream is stored once" {
 	make_letter 2
 	for store in maildir eml mbox batch; do

@@ -17,8 +17,11 @@ setup() {
 
 teardown() {
 	for pid in "${pids[@]}"; do
-		kill "$pid" 2>/dev/null || :
-		wait "$pid" 2>/dev/null || :
+		if kill "$pid" 2>/dev/null; then    # a command that a failed test left may hold it
+			{ sleep 30; kill -9 "$pid"; } >/dev/null 2>&1 3>&- &
+			wait "$pid" 2>/dev/null || :
+			kill "$!" 2>/dev/null || :
+		fi
 	done
 	if [ -z "${may_complain:-}" ] && [ -s listener.err ]; then
 		echo 'the listener complained:'
