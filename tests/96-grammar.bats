@@ -19,7 +19,7 @@ captured() {
 	shift
 	n=$(find . -name 'stream.*' | wc -l)
 	printf '%q ' "$BSMTP" listen --stdio --discard "$@" >server
-	"$BSMTP" send --helo client.example.org --connect-command "tee stream.$n | sh server 2>server.err | cat" \
+	"$BSMTP" send --helo client.example.org --connect-command "tee stream.$n | sh server 2>server.err" \
 		"${options[@]}" 2>>client.err || :
 	[ -s "stream.$n" ]
 }
