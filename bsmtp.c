@@ -8519,24 +8519,37 @@ static bool dotlock_is_stale(const char *path)
 	return s.st_mtime + STALE_LOCK_SECONDS < time(NULL);
 }
 
-/* Makes FILE.lock with our number in it, as liblockfile does: 0; 1 where another has it. */
-static int take_dotlock(const struct store *st)
+/* A file of this name with our number in it, as liblockfile's has it. */
+static int make_lock_file(const char *path)
 {
-	char path[PATH_MAX], text[32];
+	char text[32];
 	int n = snprintf(text, sizeof text, "%ld\n", (long)getpid()), fd, done;
 
-	lock_name(path, sizeof path, st);
+	(void)unlink(path);             /* of one that was killed here */
 	fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-	if (fd < 0 && errno == EEXIST) {
-		if (dotlock_is_stale(path))
-			(void)unlink(path);
-		return 1;
-	}
 	done = fd < 0 ? -1 : write_all(fd, text, (size_t)n);
-	if (fd >= 0 && close(fd) != 0)
-		done = -1;
-	if (fd >= 0 && done != 0)
+	return fd >= 0 && close(fd) != 0 ? -1 : done;
+}
+
+/* Takes FILE.lock: 0; 1 where another has it.  It has our number from the first moment, so
+ * that who kills us leaves nobody waiting: FILE.lock.new is made by who holds the journal's
+ * lock.  A file server may have linked it and lost the reply. */
+static int take_dotlock(const struct store *st)
+{
+	char path[PATH_MAX], fresh[PATH_MAX + 8];
+	int done, error;
+	struct stat s;
+
+	lock_name(path, sizeof path, st);
+	snprintf(fresh, sizeof fresh, "%s.new", path);
+	done = make_lock_file(fresh);
+	if (done == 0 && link(fresh, path) != 0 && (stat(fresh, &s) != 0 || s.st_nlink < 2))
+		done = errno == EEXIST ? 1 : -1;
+	error = errno;
+	if (done == 1 && dotlock_is_stale(path))
 		(void)unlink(path);
+	(void)unlink(fresh);
+	errno = error;
 	return done;
 }
 

@@ -34,7 +34,7 @@ teardown() {
 await() {
 	local end=$((SECONDS + 30))
 	until "$@"; do
-		[ $SECONDS -lt $end ] || { echo "never: $*"; return 1; }
+		[ $SECONDS -lt $end ] || { echo "never: $*"; cat listener.err 2>/dev/null; return 1; }
 		read -rt 0.02 <> <(:) || :
 	done
 }
