@@ -4452,6 +4452,8 @@ struct printout {
 	size_t len, room;
 };
 
+enum { PRINTOUT_STEP = 256 };   /* what most lines have room in */
+
 static void printout_add(struct printout *t, const char *format, ...) PRINTF_LIKE(2, 3);
 
 static void printout_add(struct printout *t, const char *format, ...)
@@ -4459,14 +4461,16 @@ static void printout_add(struct printout *t, const char *format, ...)
 	va_list list;
 	int n;
 
-	for (;;) {
+	for (size_t need = PRINTOUT_STEP;; need = (size_t)n + 1) {
+		if (t->room - t->len < need) {
+			t->room = 2 * t->room + need;
+			t->at = grow(t->at, t->room);
+		}
 		va_start(list, format);
-		n = vsnprintf(t->at != NULL ? t->at + t->len : NULL, t->room - t->len, format, list);
+		n = vsnprintf(t->at + t->len, t->room - t->len, format, list);
 		va_end(list);
 		if (n < 0 || (size_t)n < t->room - t->len)
 			break;
-		t->room = 2 * t->room + (size_t)n + 256;
-		t->at = grow(t->at, t->room);
 	}
 	t->len += n > 0 ? (size_t)n : 0;
 }
@@ -4518,8 +4522,13 @@ static void list_free(struct list *list)
 
 static void print_hex(char *out, const unsigned char *octets, size_t len)
 {
-	for (size_t i = 0; i < len; i++)
-		snprintf(out + 2 * i, 3, "%02x", octets[i]);
+	static const char digits[] = "0123456789abcdef";
+
+	for (size_t i = 0; i < len; i++) {
+		*out++ = digits[octets[i] >> 4];
+		*out++ = digits[octets[i] & 15];
+	}
+	*out = '\0';
 }
 
 /* A file that is written anew is there whole or not at all: what goes to the stream
@@ -6769,7 +6778,8 @@ struct store {
 	const char *path;
 	int dir, tmp_dir, new_dir;      /* equal where the store has but one; -1: none */
 	bool single_syncs;      /* syncfs() has failed once */
-	uint64_t sequence;      /* of names made by this process */
+	uint64_t sequence;      /* of names made by this process, whose number is */
+	pid_t pid;
 	uint64_t number;        /* eml: the last one taken */
 	size_t spooled;         /* octets of messages held in memory */
 	struct ids ids;
@@ -6974,14 +6984,16 @@ static uint64_t hash_load(const char *at)
 
 static void hash_add(struct hash *h, struct bsmtp_slice s)
 {
+	struct hash local = *h;         /* in registers: octets may be anybody's */
 	size_t i = 0;
 
-	while (i < s.len && h->len % 8 > 0)
-		hash_octet(h, s.at[i++]);
-	for (; s.len - i >= 8; i += 8, h->len += 8)
-		hash_word(h, hash_load(s.at + i));
+	while (i < s.len && local.len % 8 > 0)
+		hash_octet(&local, s.at[i++]);
+	for (; s.len - i >= 8; i += 8, local.len += 8)
+		hash_word(&local, hash_load(s.at + i));
 	while (i < s.len)
-		hash_octet(h, s.at[i++]);
+		hash_octet(&local, s.at[i++]);
+	*h = local;
 }
 
 static uint64_t hash_fold(struct hash *h)
@@ -9419,6 +9431,7 @@ static int store_open(struct store *st, enum store_kind kind, const char *path)
 	name_journal(st);
 	if (ids_open(&st->ids) != 0)
 		return -1;
+	st->pid = getpid();
 	if (gethostname(st->host, sizeof st->host - 1) != 0)
 		snprintf(st->host, sizeof st->host, "localhost");
 	for (char *p = st->host; *p != '\0'; p++)
@@ -9475,7 +9488,7 @@ static void delivery_begin(struct store *st, struct delivery *d)
 		return;
 	gettimeofday(&t, NULL);
 	snprintf(d->name, sizeof d->name, "%lld.M%06ldP%ldQ%llu.%s", (long long)t.tv_sec,
-	    (long)t.tv_usec, (long)getpid(), (unsigned long long)++st->sequence, st->host);
+	    (long)t.tv_usec, (long)st->pid, (unsigned long long)++st->sequence, st->host);
 	if (st->row->begin(st, d) != 0)
 		d->error = errno;
 	d->head_len = st->row->layout == LAYOUT_APPENDED ? spool_size(d) : 0;
