@@ -9506,19 +9506,19 @@ static void delivery_text(struct store *st, struct delivery *d, struct bsmtp_sli
 /* The message is whole.  True: it is still to be committed. */
 static bool delivery_end(struct store *st, struct delivery *d)
 {
-	if (!d->begun)                  /* a body of no octets */
+	if (!d->begun && is_due(d))     /* a body of no octets */
 		delivery_begin(st, d);
-	if (st->row->end != NULL && d->error == 0 && st->row->end(st, d) != 0)
+	if (st->row->end != NULL && is_due(d) && st->row->end(st, d) != 0)
 		d->error = errno;
-	if (d->error != 0 && d->tmp[0] != '\0')
-		(void)unlinkat(st->tmp_dir, d->tmp, 0);
+	if (!is_due(d) && d->tmp[0] != '\0')
+		drop_temporary(st, d->tmp);
 	return st->row->commit != NULL && is_due(d);
 }
 
 static void delivery_forget(struct store *st, struct delivery *d)
 {
 	if (d != NULL && d->fd >= 0 && d->tmp[0] != '\0')
-		(void)unlinkat(st->tmp_dir, d->tmp, 0);
+		drop_temporary(st, d->tmp);
 	delivery_free(st, d);
 }
 
@@ -12138,7 +12138,7 @@ static void message_whole(struct session *s, const struct bsmtp_server_event *e)
 		d->octets = e->number;
 	if (d->to.count == 0 && d->answer == BSMTP_ANSWER_STORED)
 		d->answer = BSMTP_ANSWER_DUPLICATE;
-	if (!is_due(d) || !delivery_end(&l->store, d)) {
+	if (!delivery_end(&l->store, d)) {
 		delivered(d);
 		enough(l);
 		return;

@@ -17,11 +17,8 @@ setup() {
 
 teardown() {
 	for pid in "${pids[@]}"; do
-		if kill "$pid" 2>/dev/null; then    # a command that a failed test left may hold it
-			{ sleep 30; kill -9 "$pid"; } >/dev/null 2>&1 3>&- &
-			wait "$pid" 2>/dev/null || :
-			kill "$!" 2>/dev/null || :
-		fi
+		kill "$pid" 2>/dev/null || :
+		wait "$pid" 2>/dev/null || :
 	done
 	if [ -z "${may_complain:-}" ] && [ -s listener.err ]; then
 		echo 'the listener complained:'
