@@ -7,7 +7,8 @@ campaign() { /usr/bin/python3 "$top/tests/tools/campaign" "$@"; }
 
 @test "wherever it breaks, nothing is lost, nothing stored twice, nothing wrongly reported" {
 	case $BSMTP in
-	*torture*) campaign --program "$BSMTP" --places 60 ;;   # some forty times slower
+	*torture*) campaign --program "$BSMTP" --places 40 ;;   # some forty times slower
+	*asan*) campaign --program "$BSMTP" --places 200 ;;
 	*) campaign --program "$BSMTP" --small ;;
 	esac
 }
