@@ -16,7 +16,7 @@
  *	---- the wall: above, no operating system; below, all of it ----
  *	 8 link			addresses, sockets; all of OpenSSL: TLS, hashes
  *	 9 sources		files, pipes, Maildirs as streams of messages
- *	10 stores		one row a store; TRANSIDs; the worker that commits
+ *	10 stores		one row a store; the journal and ids; commands; workers
  *	11 watchers		diagnostics, trace, JSON
  *	12 send			source -> client engine -> link
  *	13 listen		accept, sessions, accounts, limits, signals, latency
@@ -2888,8 +2888,8 @@ enum {
 	ANSWER_BAD_HELO, ANSWER_BAD_PATH, ANSWER_BAD_RCPT, ANSWER_BAD_PARAMETER, ANSWER_NO_PARAMETER,
 	ANSWER_BAD_BDAT, ANSWER_NEEDS_UTF8, ANSWER_NO_HELLO, ANSWER_NESTED, ANSWER_NO_MAIL,
 	ANSWER_TLS, ANSWER_NEEDS_TLS, ANSWER_HAS_TLS, ANSWER_AUTH, ANSWER_AUTHED, ANSWER_ASK_NAME,
-	ANSWER_ASK_PASSWORD, ANSWER_ASK, ANSWER_NO_MECHANISM, ANSWER_BAD_AUTH, ANSWER_NEEDS_AUTH, ANSWER_EARLY, ANSWER_EARLY_AUTH,
-	ANSWER_NO_RCPT, ANSWER_TOO_MANY, ANSWER_TOO_BIG, ANSWER_BARE_NEWLINE, ANSWER_NO_SMTP,
+	ANSWER_ASK_PASSWORD, ANSWER_ASK, ANSWER_NO_MECHANISM, ANSWER_BAD_AUTH, ANSWER_NEEDS_AUTH,
+	ANSWER_EARLY, ANSWER_EARLY_AUTH, ANSWER_NO_RCPT, ANSWER_TOO_MANY, ANSWER_TOO_BIG, ANSWER_BARE_NEWLINE, ANSWER_NO_SMTP,
 	ANSWERS
 };
 
@@ -6722,7 +6722,6 @@ struct ids {
 };
 
 /* A message of a group, as the journal has it. */
-
 struct part {
 	char state;
 	off_t end;              /* appended: where it ends */
@@ -6752,7 +6751,7 @@ struct journal {
 	char path[PATH_MAX];    /* empty: the store has none */
 	int fd;                 /* -1: not open */
 	off_t end;              /* of the records that were read, or written and settled */
-	off_t group_at, group_end, state_at;    /* of the group that was begun last */
+	off_t group_end, state_at;      /* of the group that was begun last */
 	off_t compact_at;       /* it is written anew when it is larger than this */
 	struct group *open, **open_end;         /* groups that are not settled */
 	int told;               /* errno of the failure that was told last */
@@ -6807,33 +6806,26 @@ struct store_row {
 	bool from_lines;        /* appended: a From_ line begins a message, and nothing else */
 };
 
-static int write_all(int fd, const char *out, size_t len)
+/* Writes at that place, and moves it; where the file stands if `at` is NULL. */
+static int put_at(int fd, const char *out, size_t len, off_t *at)
 {
 	while (len > 0) {
-		ssize_t n = write(fd, out, len);
+		ssize_t n = at != NULL ? pwrite(fd, out, len, *at) : write(fd, out, len);
 		if (n < 0 && errno != EINTR)
 			return -1;
 		if (n > 0) {
 			out += n;
 			len -= (size_t)n;
+			if (at != NULL)
+				*at += n;
 		}
 	}
 	return 0;
 }
 
-static int put_at(int fd, const char *out, size_t len, off_t *at)
+static int write_all(int fd, const char *out, size_t len)
 {
-	while (len > 0) {
-		ssize_t n = pwrite(fd, out, len, *at);
-		if (n < 0 && errno != EINTR)
-			return -1;
-		if (n > 0) {
-			out += n;
-			len -= (size_t)n;
-			*at += n;
-		}
-	}
-	return 0;
+	return put_at(fd, out, len, NULL);
 }
 
 /* Up to len octets at that place; how many there are, or -1. */
@@ -7559,33 +7551,29 @@ enum { JOURNAL_DOUBT = 1 };
 
 /* Puts a record at the end, with its sum, and on the disk: 0; -1 where it is not there; and
  * JOURNAL_DOUBT where it may be.  The states stand behind the first line where there are
- * any. */
-static int journal_put(struct journal *j, const char *text, size_t len, size_t states)
+ * any, and no sum covers them. */
+static int journal_put(struct journal *j, struct printout *t, size_t states)
 {
-	const char *rest = states > 0 ? (const char *)memchr(text, '\n', len) + 1 : text;
-	char line[64];
-	struct digest sum;
-	struct hash h;
+	size_t first = states > 0 ? (size_t)((const char *)memchr(t->at, '\n', t->len) + 1 - t->at) : 0;
+	size_t rest = first + (states > 0 ? states + 1 : 0);
 	off_t at = j->end;
-	int n;
+	struct hash h;
+	int error, done;
 
 	hash_begin(&h, (struct digest){ 0, 0 });
-	hash_add(&h, slice(text, (size_t)(rest - text)));
-	rest += states > 0 ? states + 1 : 0;
-	hash_add(&h, slice(rest, (size_t)(text + len - rest)));
-	sum = hash_end(&h);
-	n = snprintf(line, sizeof line, "sum %016llx%016llx\n", (unsigned long long)sum.a, (unsigned long long)sum.b);
-	if (put_at(j->fd, text, len, &at) == 0 && put_at(j->fd, line, (size_t)n, &at) == 0 && fdatasync(j->fd) == 0) {
+	hash_add(&h, slice(t->at, first));
+	hash_add(&h, slice(t->at + rest, t->len - rest));
+	printout_add(t, "sum");
+	print_digest(t, hash_end(&h));
+	printout_add(t, "\n");
+	if (put_at(j->fd, t->at, t->len, &at) == 0 && fdatasync(j->fd) == 0) {
 		j->group_end = at;
 		return 0;
 	}
-	n = errno;
-	if (ftruncate(j->fd, j->end) == 0 && fdatasync(j->fd) == 0) {
-		errno = n;
-		return -1;
-	}
-	errno = n;
-	return JOURNAL_DOUBT;
+	error = errno;
+	done = ftruncate(j->fd, j->end) == 0 && fdatasync(j->fd) == 0 ? -1 : JOURNAL_DOUBT;
+	errno = error;
+	return done;
 }
 
 /* ---- the journal, written anew ---- */
@@ -7593,7 +7581,7 @@ static int journal_put(struct journal *j, const char *text, size_t len, size_t s
 /* What is still known, copied from one journal to another. */
 struct compacting {
 	struct journal fresh;
-	struct printout text;       /* of the record under way */
+	struct printout text;   /* of the record under way */
 	int64_t now, seconds;   /* of the group under way, and its states */
 	char states[GROUP_MAX + 1];
 	size_t part;            /* counted from 1 */
@@ -7604,7 +7592,7 @@ struct compacting {
 static void compact_put(struct compacting *c)
 {
 	if (!c->failed && c->text.len > 0) {
-		c->failed = journal_put(&c->fresh, c->text.at, c->text.len, 0) != 0;
+		c->failed = journal_put(&c->fresh, &c->text, 0) != 0;
 		c->fresh.end = c->fresh.group_end;
 	}
 	c->text.len = 0;
@@ -7708,7 +7696,6 @@ static int journal_begin(struct store *st, struct delivery *group, off_t size, o
 	int done;
 
 	printout_add(&t, "group %lld %lld %lld\n", (long long)time(NULL), (long long)size, (long long)start);
-	j->group_at = j->end;
 	j->state_at = j->end + (off_t)t.len;
 	for (const struct delivery *d = group; d != NULL; d = next_of(d)) {
 		count += d->noted;
@@ -7722,7 +7709,7 @@ static int journal_begin(struct store *st, struct delivery *group, off_t size, o
 		print(&t, d);
 		print_grants(&t, d);
 	}
-	done = journal_put(j, t.at, t.len, count);
+	done = journal_put(j, &t, count);
 	free(t.at);
 	return done;
 }
@@ -9357,7 +9344,7 @@ static void note_delivered(struct store *st, struct delivery *group)
 			printout_add(&t, "known %lld %s %s\n", (long long)now, d->transid, d->to.items[i]);
 	}
 	if (journal_lock(st, true) == 0) {
-		if (journal_put(&st->journal, t.at, t.len, 0) == 0)
+		if (journal_put(&st->journal, &t, 0) == 0)
 			st->journal.end = st->journal.group_end;
 		else
 			(void)journal_trouble(&st->journal);
