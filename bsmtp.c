@@ -2889,7 +2889,7 @@ enum {
 	ANSWER_BAD_BDAT, ANSWER_NEEDS_UTF8, ANSWER_NO_HELLO, ANSWER_NESTED, ANSWER_NO_MAIL,
 	ANSWER_TLS, ANSWER_NEEDS_TLS, ANSWER_HAS_TLS, ANSWER_AUTH, ANSWER_AUTHED, ANSWER_ASK_NAME,
 	ANSWER_ASK_PASSWORD, ANSWER_ASK, ANSWER_NO_MECHANISM, ANSWER_BAD_AUTH, ANSWER_NEEDS_AUTH,
-	ANSWER_EARLY, ANSWER_EARLY_AUTH, ANSWER_NO_RCPT, ANSWER_TOO_MANY, ANSWER_TOO_BIG, ANSWER_BARE_NEWLINE, ANSWER_NO_SMTP,
+	ANSWER_EARLY, ANSWER_EARLY_AUTH, ANSWER_NO_RCPT, ANSWER_TOO_BIG, ANSWER_BARE_NEWLINE, ANSWER_NO_SMTP,
 	ANSWERS
 };
 
@@ -2901,6 +2901,7 @@ static const struct {
 	[BSMTP_ANSWER_STORE_FAILED] = { "451", "4.3.0 it could not be stored" },
 	[BSMTP_ANSWER_NOT_TAKEN] = { "554", "5.3.0 it was not accepted" },
 	[BSMTP_ANSWER_LOOPS] = { "554", "5.4.6 too many hops: it goes in a circle" },
+	[BSMTP_ANSWER_TOO_MANY] = { "452", "4.5.3 too many recipients" },
 	[BSMTP_ANSWER_DASH] = { "553", "5.1.3 a recipient that begins with - is not taken here" },
 	[BSMTP_ANSWER_STOPPING] = { "421", "4.3.2 shutting down" },
 	[BSMTP_ANSWER_TIMEOUT] = { "421", "4.4.2 silent for too long" },
@@ -2955,7 +2956,6 @@ static const struct {
 	[ANSWER_BAD_AUTH] = { "501", "5.5.2 no such response, or cancelled" },
 	[ANSWER_NEEDS_AUTH] = { "530", "5.7.0 authentication is required" },
 	[ANSWER_NO_RCPT] = { "554", "5.5.1 no valid recipients" },
-	[ANSWER_TOO_MANY] = { "452", "4.5.3 too many recipients" },
 	[ANSWER_TOO_BIG] = { "552", "5.3.4 message too big" },
 	[ANSWER_BARE_NEWLINE] = { "554", "5.6.0 bare CR or LF at offset " },
 	[ANSWER_NO_SMTP] = { "550", "5.7.1 BSMTP only" },
@@ -3714,7 +3714,7 @@ static unsigned refuse_new_rcpt(const struct bsmtp_server *s, enum bsmtp_answer 
 		return judged;
 	if (s->oversize)
 		return ANSWER_TOO_BIG;
-	return s->rcpts_new >= s->config->max_recipients ? ANSWER_TOO_MANY : 0;
+	return s->rcpts_new >= s->config->max_recipients ? BSMTP_ANSWER_TOO_MANY : 0;
 }
 
 static void act_rcpt(struct bsmtp_server *s, struct call *call)
@@ -4532,7 +4532,8 @@ static void print_hex(char *out, const unsigned char *octets, size_t len)
 }
 
 /* A file that is written anew is there whole or not at all: what goes to the stream
- * gets the name when it is kept.  NULL with errno. */
+ * gets the name when it is kept.  What is no file, as a pipe or a device, is written to.
+ * NULL with errno. */
 struct fresh {
 	FILE *f;
 	char path[PATH_MAX], tmp[PATH_MAX + 32];
@@ -4540,12 +4541,19 @@ struct fresh {
 
 static FILE *fresh_open(struct fresh *n, const char *path, mode_t mode)
 {
+	struct stat s;
 	int fd;
 
-	snprintf(n->path, sizeof n->path, "%s", path);
-	snprintf(n->tmp, sizeof n->tmp, "%s.%ld", n->path, (long)getpid());
-	(void)unlink(n->tmp);           /* of a process that had our number, and is dead */
-	fd = open(n->tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+	if (realpath(path, n->path) == NULL)    /* what a link names is written, not the link */
+		snprintf(n->path, sizeof n->path, "%s", path);
+	n->tmp[0] = '\0';
+	if (stat(n->path, &s) == 0 && !S_ISREG(s.st_mode)) {
+		fd = open(n->path, O_WRONLY | O_CLOEXEC);
+	} else {
+		snprintf(n->tmp, sizeof n->tmp, "%s.%ld", n->path, (long)getpid());
+		(void)unlink(n->tmp);   /* of a process that had our number, and is dead */
+		fd = open(n->tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+	}
 	n->f = fd >= 0 ? fdopen(fd, "w") : NULL;
 	if (n->f == NULL && fd >= 0)
 		close(fd);
@@ -4558,12 +4566,28 @@ static bool fresh_keep(struct fresh *n, bool good)
 	bool written = !ferror(n->f);
 	int saved;
 
-	good = fclose(n->f) == 0 && written && good && rename(n->tmp, n->path) == 0;
+	good = fclose(n->f) == 0 && written && good && (n->tmp[0] == '\0' || rename(n->tmp, n->path) == 0);
 	saved = errno;
-	if (!good)
+	if (!good && n->tmp[0] != '\0')
 		(void)unlink(n->tmp);
 	errno = saved;
 	return good;
+}
+
+/* A file of ours to read: a pipe or a device in its place is none.  NULL with errno. */
+static FILE *open_own(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+	struct stat s;
+	FILE *f = NULL;
+
+	if (fd >= 0 && fstat(fd, &s) == 0 && !S_ISREG(s.st_mode))
+		errno = EINVAL;
+	else if (fd >= 0)
+		f = fdopen(fd, "r");
+	if (f == NULL && fd >= 0)
+		close(fd);
+	return f;
 }
 
 /* Octets that nobody can guess; false with errno. */
@@ -5056,7 +5080,7 @@ static bool was_verified(const SSL *ssl, const struct tls_context *x, SSL_SESSIO
 static void use_ticket(SSL *ssl, const struct tls_context *x, const char *server,
     const char *name)
 {
-	FILE *f = fopen(options.tickets, "r");
+	FILE *f = open_own(options.tickets);
 	SSL_SESSION *session = NULL;
 	struct stat st;
 	char line[512];
@@ -5955,6 +5979,7 @@ static bool next_in_maildir(struct source *s)
 	while (s->dir != NULL || s->dir_stage < 2) {
 		struct dirent *entry;
 		char path[sizeof s->dir_path + 4];
+		struct stat st;
 		if (s->dir == NULL) {
 			snprintf(path, sizeof path, "%s/%s", s->dir_path, stages[s->dir_stage++]);
 			s->dir = opendir(path);
@@ -5977,7 +6002,9 @@ static bool next_in_maildir(struct source *s)
 		    stages[s->dir_stage - 1], entry->d_name) >= sizeof s->name)
 			continue;
 		s->format = FORMAT_MESSAGE;
-		if (source_start(s, open(s->name, O_RDONLY | O_CLOEXEC)))
+		if (stat(s->name, &st) == 0 && !S_ISREG(st.st_mode))
+			input_error(s, EX_DATAERR, "no regular file");
+		else if (source_start(s, open(s->name, O_RDONLY | O_CLOEXEC | O_NONBLOCK)))
 			return true;
 	}
 	return false;
@@ -6613,18 +6640,19 @@ static void read_header(struct source *s, struct header *h)
 /* ==== 10 stores ========================================================== */
 
 /* What a kill or a power failure leaves, and what the next start makes of it.  A
- * message is acknowledged at 5 and at d, and not before.  The journal names each
+ * message is acknowledged at 6 and at d, and not before.  The journal names each
  * message of a group with a state: `?' when the group is begun, then `+' or `-'.
  * Whoever opens the journal settles each `?' by what is on the disk.
  *
  *	killed			on the disk			the next start
  *
  *	files: Maildir, eml
- *	1 text comes		tmp T				removes T
- *	2 T is synced		tmp T				removes T
- *	3 `?' is synced		tmp T, `?'			names it N: stored
- *	4 T is named N		N, or T if power failed; `?'	T: as 3; else stored
- *	5 its folder is synced	N, `?' or `+'			stored
+ *	1 text comes		T in tmp			removes T
+ *	2 T is synced		T				removes T
+ *	3 `?' is synced		T, `?'				names it N: stored
+ *	4 N is a link to T	T, or N too; `?'		T alone: as 3; else stored
+ *	5 N's folder is synced	T and N; `?' or `+'		stored; removes T
+ *	6 `+', T is removed	N; `?' if power failed, or `+'	stored
  *
  *	one file that is appended to: mbox, batch
  *	a text comes		nothing				nothing
@@ -6632,8 +6660,9 @@ static void read_header(struct source *s, struct header *h)
  *	c it is appended	a part; `?'			cuts it off: not stored
  *	d the file is synced	all of it; `?' or `+'		stored
  *
- * Without an id a message of the file stores needs no journal: at 3 and 4 its sender
- * has no answer and sends it again.  At d the journal knows the digest of each message,
+ * T goes last, so that one which is missing was removed by somebody else, and its message
+ * is not stored unless N is there.  Without an id a message of the file stores needs no
+ * journal: at 3 and 4 its sender has no answer and sends it again.  At d the journal knows the digest of each message,
  * and does not trust a size: other programs write to the file too.  Where a state
  * cannot be written the group stays open, nothing of it is undone, and no id is taken
  * until it is settled.  A command (--exec) cannot be undone: its id is known from when
@@ -6800,7 +6829,7 @@ struct store_row {
 	int (*end)(struct store *st, struct delivery *d);
 	void (*commit)(struct store *st, struct delivery *group);
 	int (*prepare)(struct store *st, struct delivery *d);   /* files: before the sync */
-	int (*publish)(struct store *st, const char *tmp, const char *name);    /* after it */
+	bool subs;              /* files: it has new, cur and tmp */
 	bool envelopes;         /* files: beside each stands one */
 	bool dotlock;           /* appended: other programs expect FILE.lock */
 	bool from_lines;        /* appended: a From_ line begins a message, and nothing else */
@@ -7277,8 +7306,10 @@ struct reading {
 	struct hash sum;
 	bool states_next, empty;        /* of the record: its states follow; it has no line */
 	bool open;                      /* a state of it is `?' */
+	bool damaged;                   /* it is passed over, to its sum */
 	char states[GROUP_MAX + 1];
-	off_t good;
+	off_t from, good;               /* where it begins */
+	off_t lost;                     /* octets of those that were damaged */
 };
 
 static void reading_reset(struct reading *r)
@@ -7286,12 +7317,13 @@ static void reading_reset(struct reading *r)
 	group_free(r->group);
 	r->group = group_new();
 	hash_begin(&r->sum, (struct digest){ 0, 0 });
-	r->states_next = r->open = false;
+	r->states_next = r->open = r->damaged = false;
 	r->states[0] = '\0';
 	r->empty = true;
 }
 
-static bool read_part(struct part *p, const char *line)
+/* It ends at or after `from`, where it begins. */
+static bool read_part(struct part *p, const char *line, off_t from)
 {
 	char digest[33], head_digest[33];
 	long long end;
@@ -7299,7 +7331,7 @@ static bool read_part(struct part *p, const char *line)
 	if (sscanf(line, "part %lld %32s %128s %zu %32s", &end, digest, p->head, &p->head_len, head_digest) != 5)
 		return false;
 	p->end = (off_t)end;
-	return parse_digest(digest, &p->digest) && parse_digest(head_digest, &p->head_digest);
+	return p->end >= from && parse_digest(digest, &p->digest) && parse_digest(head_digest, &p->head_digest);
 }
 
 static bool read_file(struct part *p, const char *line)
@@ -7311,13 +7343,15 @@ static bool read_file(struct part *p, const char *line)
 /* A message of the group; more than its state is asked of one that is open. */
 static bool read_message(struct reading *r, const char *line)
 {
-	char state = r->states[r->group->count];
+	size_t n = r->group->count;
+	char state = r->states[n];
 	struct part *p = state != '\0' ? group_add(r->group) : NULL;
+	off_t from = n > 0 ? r->group->parts[n - 1].end : r->group->start;
 
 	if (p == NULL)
 		return false;
 	p->state = state;
-	return !r->open || (*line == 'p' ? read_part(p, line) : read_file(p, line));
+	return !r->open || (*line == 'p' ? read_part(p, line, from) : read_file(p, line));
 }
 
 /* "ID RECIPIENT": the recipient is the rest of the line, for it may hold spaces. */
@@ -7358,7 +7392,8 @@ static bool read_group(struct reading *r, const char *line)
 {
 	long long seconds, size, start;
 
-	if (!r->empty || sscanf(line, "group %lld %lld %lld", &seconds, &size, &start) != 3)
+	if (!r->empty || sscanf(line, "group %lld %lld %lld", &seconds, &size, &start) != 3 ||
+	    size < 0 || start < size)
 		return false;
 	r->group->seconds = (int64_t)seconds;
 	r->group->size = (off_t)size;
@@ -7377,6 +7412,7 @@ static bool read_sum(struct reading *r, const char *line, off_t end)
 	if (!parse_digest(line + 4, &sum) || !same_digest(sum, hash_end(&r->sum)) ||
 	    (g->state_at > 0 && g->count != strlen(r->states)))
 		return false;
+	r->lost += r->from - r->good;
 	r->good = end;
 	if (!r->open) {
 		group_learn(&r->st->ids, g);
@@ -7389,15 +7425,13 @@ static bool read_sum(struct reading *r, const char *line, off_t end)
 	return true;
 }
 
-static bool read_line(void *context, char *line, size_t len, off_t at)
+/* A line of a record; false where that is damaged. */
+static bool read_record(struct reading *r, const char *line, size_t len, off_t at)
 {
-	struct reading *r = context;
 	bool good;
 
 	if (r->states_next)
 		return read_states(r, line, len, at);
-	if (strncmp(line, "sum ", 4) == 0)
-		return read_sum(r, line, at + (off_t)len + 1);
 	hash_add(&r->sum, slice(line, len));
 	hash_octet(&r->sum, '\n');
 	if (strncmp(line, "group ", 6) == 0)
@@ -7412,11 +7446,28 @@ static bool read_line(void *context, char *line, size_t len, off_t at)
 	return good;
 }
 
-/* What others have written since; what is torn is cut off. */
+/* One that is damaged says nothing, and takes nothing with it that stands behind it. */
+static bool read_line(void *context, char *line, size_t len, off_t at)
+{
+	struct reading *r = context;
+	off_t next = at + (off_t)len + 1;
+
+	if (!r->states_next && strncmp(line, "sum ", 4) == 0) {
+		if (r->damaged || !read_sum(r, line, next))
+			reading_reset(r);
+		r->from = next;
+	} else if (!r->damaged) {
+		r->damaged = !read_record(r, line, len, at);
+		r->states_next = r->states_next && !r->damaged;
+	}
+	return true;
+}
+
+/* What others have written since; what is torn is cut off, what is damaged passed over. */
 static int journal_read(struct store *st, off_t size)
 {
 	struct journal *j = &st->journal;
-	struct reading r = { .st = st, .group = NULL, .good = j->end };
+	struct reading r = { .st = st, .group = NULL, .from = j->end, .good = j->end };
 	int done;
 
 	reading_reset(&r);
@@ -7425,6 +7476,8 @@ static int journal_read(struct store *st, off_t size)
 	if (done != 0)
 		return -1;
 	j->end = r.good;
+	if (r.lost > 0)
+		diag("%s: passed over %lld octets of damaged records", j->path, (long long)r.lost);
 	if (j->end == size)
 		return 0;
 	diag("%s: cut off %lld octets that are no whole record", j->path, (long long)(size - j->end));
@@ -7509,6 +7562,8 @@ static int journal_trouble(struct journal *j)
 		diag("%s: not used: it must be yours, one file, and nobody else's to read", j->path);
 	else if (saved == EINVAL)
 		diag("%s: this is no journal of bsmtp: move it away", j->path);
+	else if (saved == EAGAIN || saved == EACCES)
+		diag("%s: another process has it", j->path);
 	else if (saved != j->told)
 		diag("%s: %s", j->path, strerror(saved));
 	j->told = saved;
@@ -7581,7 +7636,9 @@ static int journal_put(struct journal *j, struct printout *t, size_t states)
 /* What is still known, copied from one journal to another. */
 struct compacting {
 	struct journal fresh;
-	struct printout text;   /* of the record under way */
+	struct printout text;   /* of the new record */
+	struct hash sum;        /* of the old record under way; and where its text begins */
+	size_t mark;
 	int64_t now, seconds;   /* of the group under way, and its states */
 	char states[GROUP_MAX + 1];
 	size_t part;            /* counted from 1 */
@@ -7607,12 +7664,27 @@ static const char *compact_pair(struct compacting *c, const char *line, int64_t 
 
 	if (strncmp(line, "for ", 4) == 0) {
 		*since = c->seconds;
-		return c->part > 0 && c->states[c->part - 1] == '+' ? line + 4 : NULL;
+		return c->part > 0 && c->part <= strlen(c->states) && c->states[c->part - 1] == '+' ?
+		    line + 4 : NULL;
 	}
 	if (sscanf(line, "known %lld %n", &seconds, &used) != 1 || used == 0)
 		return NULL;
 	*since = (int64_t)seconds;
 	return line + used;
+}
+
+/* The end of an old record: nothing is taken from one that is damaged. */
+static bool compact_sum(struct compacting *c, const char *line)
+{
+	struct digest sum;
+
+	if (!parse_digest(line + 4, &sum) || !same_digest(sum, hash_end(&c->sum)))
+		c->text.len = c->mark;
+	if (c->text.len > JOURNAL_RECORD)
+		compact_put(c);
+	c->mark = c->text.len;
+	hash_begin(&c->sum, (struct digest){ 0, 0 });
+	return !c->failed;
 }
 
 static bool compact_line(void *context, char *line, size_t len, off_t at)
@@ -7628,6 +7700,10 @@ static bool compact_line(void *context, char *line, size_t len, off_t at)
 		snprintf(c->states, sizeof c->states, "%.*s", (int)min_size(len, GROUP_MAX), line);
 		return true;
 	}
+	if (strncmp(line, "sum ", 4) == 0)
+		return compact_sum(c, line);
+	hash_add(&c->sum, slice(line, len));
+	hash_octet(&c->sum, '\n');
 	if (sscanf(line, "group %lld", &seconds) == 1) {
 		c->seconds = (int64_t)seconds;
 		c->part = 0;
@@ -7638,9 +7714,7 @@ static bool compact_line(void *context, char *line, size_t len, off_t at)
 	if (pair == NULL || is_forgotten(&p, c->now))
 		return true;
 	printout_add(&c->text, "known %lld %s\n", (long long)p.seconds, pair);
-	if (c->text.len > JOURNAL_RECORD)
-		compact_put(c);
-	return !c->failed;
+	return true;
 }
 
 /* Writes the journal anew, when most of it is about what is settled or forgotten.  Nothing
@@ -7656,6 +7730,7 @@ static void journal_compact(struct journal *j)
 	c = grow(NULL, sizeof *c);
 	memset(c, 0, sizeof *c);
 	c->now = (int64_t)time(NULL);
+	hash_begin(&c->sum, (struct digest){ 0, 0 });
 	c->fresh.open_end = &c->fresh.open;
 	snprintf(c->fresh.path, sizeof c->fresh.path, "%.*s.new", (int)sizeof c->fresh.path - 5, j->path);
 	(void)unlink(c->fresh.path);    /* of one that was killed here */
@@ -7778,22 +7853,26 @@ static void journal_judge(struct store *st, struct delivery *d)
 }
 
 /* Writes the states of a group that was found open, as its settler has found them. */
-static int journal_resolve(struct store *st, struct group *g)
+static int journal_write_states(struct journal *j, const struct group *g)
 {
-	struct journal *j = &st->journal;
 	off_t at = g->state_at;
 
 	for (size_t i = 0; i < g->count; i++)
 		if (put_at(j->fd, &g->parts[i].state, 1, &at) != 0)
 			return -1;
-	if (fdatasync(j->fd) != 0)
-		return -1;
+	return fdatasync(j->fd);
+}
+
+/* The group is settled. */
+static void journal_resolved(struct store *st, struct group *g)
+{
+	struct journal *j = &st->journal;
+
 	group_learn(&st->ids, g);
 	j->open = g->next;
 	if (j->open == NULL)
 		j->open_end = &j->open;
 	group_free(g);
-	return 0;
 }
 
 /* ---- text: to a file of its own, or to memory until that is too much ---- */
@@ -8073,6 +8152,16 @@ static int open_maildir_store(struct store *st)
 	return fsync(st->dir) != 0 ? -1 : sync_parent(st->path);
 }
 
+/* Whether a folder is not where it was: it was moved away, or made anew. */
+static bool is_elsewhere(const struct store *st, int fd, const char *sub)
+{
+	char path[PATH_MAX];
+	struct stat here;
+
+	snprintf(path, sizeof path, "%s/%s", st->path, sub);
+	return !still_named(fd, path, &here);
+}
+
 static int open_eml_folder(struct store *st)
 {
 	return keep_dir(&st->dir, open_dir(st->path, true)) != 0 ? -1 : sync_parent(st->path);
@@ -8134,12 +8223,6 @@ static bool has_name(const struct store *st, const char *tmp, const char *name)
 	return named && (!left || (here.st_dev == there.st_dev && here.st_ino == there.st_ino));
 }
 
-/* No other file ever has this name. */
-static int publish_in_maildir(struct store *st, const char *tmp, const char *name)
-{
-	return renameat(st->tmp_dir, tmp, st->new_dir, name) == 0 || has_name(st, tmp, name) ? 0 : -1;
-}
-
 /* The temporary name of the envelope of a message. */
 static const char *side_name(char *side, size_t size, const char *tmp)
 {
@@ -8147,13 +8230,18 @@ static const char *side_name(char *side, size_t size, const char *tmp)
 	return side;
 }
 
-static int publish_eml(struct store *st, const char *tmp, const char *name)
+/* Gives a message its name.  It keeps the temporary one until it is known to be stored, so
+ * that nothing which is missing is taken for one that was named.  A file system that has no
+ * links gives a Maildir the name all the same: no other file ever has that. */
+static int publish(const struct store *st, const char *tmp, const char *name)
 {
-	return linkat(st->dir, tmp, st->dir, name, 0) == 0 || has_name(st, tmp, name) ? 0 : -1;
+	if (linkat(st->tmp_dir, tmp, st->new_dir, name, 0) == 0 || has_name(st, tmp, name))
+		return 0;
+	if (st->row->envelopes || (errno != EPERM && errno != ENOTSUP && errno != EMLINK))
+		return -1;
+	return renameat(st->tmp_dir, tmp, st->new_dir, name);
 }
 
-/* Removes the temporary names.  Another name that they had first is on the disk by now:
- * a power failure may undo what was not synced in any order. */
 static void drop_temporary(const struct store *st, const char *tmp)
 {
 	char side[SIDE_NAME];
@@ -8257,16 +8345,34 @@ static int publish_again(struct store *st, const char *tmp, const char *noted)
 
 	if (!st->row->envelopes || has_name(st, side_name(side, sizeof side, tmp), envelope_name(name, sizeof name, noted)) ||
 	    take_number(st, side, name, sizeof name) != 0)
-		return st->row->publish(st, tmp, noted);
-	return st->row->publish(st, tmp, name);
+		return publish(st, tmp, noted);
+	return publish(st, tmp, name);
+}
+
+/* Whether a message of a group that was left open is stored: '+' or '-', and 0 with errno
+ * where nobody can tell.  With a second name it was named, wherever a reader has put that;
+ * with its temporary name alone it is named now; and where somebody else removed that, its
+ * own name tells. */
+static char settled_state(struct store *st, const struct part *p)
+{
+	struct stat s;
+
+	if (p->state != '?')
+		return p->state;
+	if (fstatat(st->tmp_dir, p->tmp, &s, AT_SYMLINK_NOFOLLOW) == 0)
+		return s.st_nlink > 1 || publish_again(st, p->tmp, p->name) == 0 ? '+' : '-';
+	if (errno == ENOENT && fstatat(st->new_dir, p->name, &s, AT_SYMLINK_NOFOLLOW) == 0)
+		return '+';
+	return errno == ENOENT ? '-' : '\0';
 }
 
 /* Names are T.MxPyQz.host: whether process y was of this host, and is gone; or a day and
  * a half has passed, as for any Maildir. */
 static bool is_stale(const struct store *st, const char *name)
 {
-	char host[sizeof st->host];
+	size_t host = strlen(st->host);
 	struct stat s;
+	int used = 0;
 	long pid;
 
 	if (fstatat(st->tmp_dir, name, &s, AT_SYMLINK_NOFOLLOW) != 0 || !S_ISREG(s.st_mode))
@@ -8274,9 +8380,11 @@ static bool is_stale(const struct store *st, const char *name)
 	if (s.st_mtime + 36 * 3600 < time(NULL))
 		return true;
 	name += strncmp(name, ".tmp-", 5) == 0 ? 5 : 0;
-	if (sscanf(name, "%*d.M%*dP%ldQ%*u.%63s", &pid, host) != 2 || pid <= 0 || pid == (long)getpid())
+	if (sscanf(name, "%*d.M%*dP%ldQ%*u.%n", &pid, &used) != 1 || used == 0 || pid <= 0 || pid == (long)st->pid)
 		return false;
-	return strncmp(host, st->host, strlen(st->host)) == 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH;
+	name += used;
+	return strncmp(name, st->host, host) == 0 && (name[host] == '\0' || strcmp(name + host, ".json") == 0) &&
+	    kill((pid_t)pid, 0) != 0 && errno == ESRCH;
 }
 
 /* An envelope that was given a number, and its message was not: found by its inode. */
@@ -8350,26 +8458,21 @@ static void close_files(struct delivery *d)
 	d->fd = d->side = -1;
 }
 
-/* Settles a group that another listener has left open: what has its temporary name
- * still is given its own; what has not was named, and may have been read since. */
+/* Settles a group that another listener has left open. */
 static int settle_files(struct store *st, struct group *g)
 {
-	for (size_t i = 0; i < g->count; i++) {
-		struct part *p = &g->parts[i];
-		bool left = faccessat(st->tmp_dir, p->tmp, F_OK, 0) == 0;
-		if (!left && errno != ENOENT)
-			return -1;              /* who cannot see it knows nothing */
-		if (p->state == '?')
-			p->state = !left || publish_again(st, p->tmp, p->name) == 0 ? '+' : '-';
-	}
-	if (fsync(st->new_dir) != 0)
+	for (size_t i = 0; i < g->count; i++)
+		if ((g->parts[i].state = settled_state(st, &g->parts[i])) == '\0')
+			return -1;
+	if (fsync(st->new_dir) != 0 || journal_write_states(&st->journal, g) != 0)
 		return -1;
 	for (size_t i = 0; i < g->count; i++)
 		if (g->parts[i].state == '-')
 			discard_file(st, g->parts[i].tmp, g->parts[i].name);
 		else
 			drop_temporary(st, g->parts[i].tmp);
-	return journal_resolve(st, g);
+	journal_resolved(st, g);
+	return 0;
 }
 
 static int settle_open_files(struct store *st)
@@ -8415,15 +8518,11 @@ static bool name_files(struct store *st, struct delivery *group)
 
 	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
 		close_files(d);
-		if (is_due(d) && st->row->publish(st, d->tmp, d->name) != 0)
+		if (is_due(d) && publish(st, d->tmp, d->name) != 0)
 			d->error = errno;
 	}
-	if (fsync(st->new_dir) == 0) {
-		for (struct delivery *d = group; d != NULL; d = next_of(d))
-			if (is_due(d) && st->row->envelopes)
-				drop_temporary(st, d->tmp);
+	if (fsync(st->new_dir) == 0)
 		return true;
-	}
 	error = errno;
 	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
 		if (!is_due(d))
@@ -8462,6 +8561,9 @@ static void commit_files(struct store *st, struct delivery *group)
 	size_t count = 0, ids = 0;
 	bool settled = true;
 
+	if (is_elsewhere(st, st->new_dir, st->row->subs ? "new" : ".") ||
+	    is_elsewhere(st, st->tmp_dir, st->row->subs ? "tmp" : "."))
+		(void)st->row->folders(st);     /* what has its text elsewhere is not stored */
 	for (struct delivery *d = group; d != NULL; d = next_of(d), count++) {
 		ids += d->transid != NULL;
 		if (st->row->prepare != NULL && st->row->prepare(st, d) != 0)
@@ -8476,7 +8578,9 @@ static void commit_files(struct store *st, struct delivery *group)
 		journal_unlock(&st->journal);
 	}
 	for (struct delivery *d = group; d != NULL; d = next_of(d))
-		if (!is_due(d) && (settled || !d->noted))
+		if (is_due(d))
+			drop_temporary(st, d->tmp);
+		else if (settled || !d->noted)
 			discard_file(st, d->tmp, d->numbered ? d->name : "");
 }
 
@@ -8853,7 +8957,10 @@ static int settle_appended(struct store *st, struct append *a, struct group *g)
 	for (size_t i = g->count; i-- > 0;)
 		if (g->parts[i].state == '-' && remove_torn(st, a, g, i) != 0)
 			return -1;
-	return mend_lead(st, a, g) != 0 || fsync(a->fd) != 0 ? -1 : journal_resolve(st, g);
+	if (mend_lead(st, a, g) != 0 || fsync(a->fd) != 0 || journal_write_states(&st->journal, g) != 0)
+		return -1;
+	journal_resolved(st, g);
+	return 0;
 }
 
 /* Opens the file under the locks of all, and settles what was left open.  It may have been
@@ -9123,6 +9230,7 @@ static int command_manners(posix_spawnattr_t *how)
 	sigemptyset(&none);
 	sigemptyset(&defaults);
 	sigaddset(&defaults, SIGPIPE);
+	sigaddset(&defaults, SIGXFSZ);
 	error = posix_spawnattr_setsigmask(how, &none);
 	if (error == 0)
 		error = posix_spawnattr_setsigdefault(how, &defaults);
@@ -9222,14 +9330,14 @@ static bool command_ended(struct command *c)
 	int how = 0;
 	pid_t pid;
 
-	if (now_us() > c->until_us) {
+	pid = waitpid(c->pid, &how, WNOHANG);   /* before the clock: we may have been stopped */
+	if ((pid == 0 || (pid < 0 && errno == EINTR)) && now_us() <= c->until_us)
+		return false;
+	if (pid == 0) {
 		command_kill(c);
 		d->error = ETIMEDOUT;
 		return true;
 	}
-	pid = waitpid(c->pid, &how, WNOHANG);
-	if (pid == 0 || (pid < 0 && errno == EINTR))
-		return false;
 	if (pid < 0)
 		d->error = errno;
 	else
@@ -9349,7 +9457,6 @@ static void note_delivered(struct store *st, struct delivery *group)
 		else
 			(void)journal_trouble(&st->journal);
 		journal_compact(&st->journal);
-		journal_unlock(&st->journal);
 	}
 	free(t.at);
 	for (struct delivery *d = group; d != NULL; d = next_of(d))
@@ -9360,13 +9467,13 @@ static void note_delivered(struct store *st, struct delivery *group)
 
 static const struct store_row store_rows[] = {
 	[STORE_MAILDIR] = { .name = "maildir", .layout = LAYOUT_FILES,
-		.open = open_maildir_store, .folders = open_maildir_store,
+		.open = open_maildir_store, .folders = open_maildir_store, .subs = true,
 		.begin = begin_in_maildir, .text = text_as_lines,
-		.commit = commit_files, .publish = publish_in_maildir },
+		.commit = commit_files },
 	[STORE_EML] = { .name = "eml", .layout = LAYOUT_FILES, .envelopes = true,
 		.open = open_eml_store, .folders = open_eml_folder,
 		.begin = begin_file, .text = put_text,
-		.commit = commit_files, .prepare = prepare_eml, .publish = publish_eml },
+		.commit = commit_files, .prepare = prepare_eml },
 	[STORE_MBOX] = { .name = "mbox", .layout = LAYOUT_APPENDED, .dotlock = true, .from_lines = true,
 		.open = open_append_store,
 		.begin = begin_in_mbox_file, .text = text_in_mbox_file, .end = end_in_mbox_file,
@@ -9396,7 +9503,8 @@ static void name_journal(struct store *st)
 		snprintf(path, size, "%s", or_empty(options.transids));
 }
 
-/* What an earlier run has stored is known, and what it has left open is settled. */
+/* What an earlier run has stored is known, and what it has left open is settled.  With
+ * commands the lock is kept: what another listener's command has begun nobody could know. */
 static int settle_store(struct store *st)
 {
 	int done = journal_lock(st, st->row->layout == LAYOUT_COMMAND);
@@ -9405,7 +9513,8 @@ static int settle_store(struct store *st)
 		done = settle_open_files(st);
 	else if (errno == ENOENT)
 		done = 0;               /* there is none yet */
-	journal_unlock(&st->journal);
+	if (st->row->layout != LAYOUT_COMMAND)
+		journal_unlock(&st->journal);
 	if (done == 0 && st->row->layout == LAYOUT_FILES)
 		sweep_files(st);
 	return done;
@@ -10372,7 +10481,7 @@ static void peers_path(char *path, size_t size)
 /* The lines of the file but that of this peer, and whether it was there. */
 static char *read_peers(const char *path, const char *peer, bool *there)
 {
-	FILE *f = fopen(path, "r");
+	FILE *f = open_own(path);
 	char *rest = grow(NULL, PEERS_MAX), line[512];
 	size_t len = 0;
 
@@ -11490,8 +11599,8 @@ static bool write_batch_message(struct sender *s, FILE *f)
 static int write_batch(struct sender *s)
 {
 	bool standard = strcmp(options.output, "-") == 0, good = true;
-	int fd = standard ? -1 : open(options.output, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-	FILE *f = standard ? stdout : fd < 0 ? NULL : fdopen(fd, "w");
+	struct fresh file = { .f = NULL };
+	FILE *f = standard ? stdout : fresh_open(&file, options.output, 0600);
 
 	if (f == NULL) {
 		diag("%s: %s", options.output, strerror(errno));
@@ -11502,12 +11611,11 @@ static int write_batch(struct sender *s)
 		good = write_batch_message(s, f);
 	if (good)
 		fputs("QUIT\r\n", f);
-	if (fflush(f) != 0 || ferror(f) || (!standard && fsync(fileno(f)) != 0 && errno != EINVAL)) {
+	good = fflush(f) == 0 && !ferror(f) && (standard || fsync(fileno(f)) == 0 || errno == EINVAL);
+	if (standard ? !good : !fresh_keep(&file, good)) {
 		diag("%s: %s", options.output, strerror(errno));
 		worst(&s->status, EX_IOERR);
 	}
-	if (!standard)
-		(void)fclose(f);
 	report_summary(s);
 	return s->status;
 }
@@ -11529,6 +11637,7 @@ static int dial_command(struct sender *s)
 	}
 	if (s->on.child == 0) {
 		(void)signal(SIGPIPE, SIG_DFL);
+		(void)signal(SIGXFSZ, SIG_DFL);
 		if (dup2(out[0], STDIN_FILENO) >= 0 && dup2(in[1], STDOUT_FILENO) >= 0 &&
 		    close(out[0]) == 0 && close(in[1]) == 0)
 			execl("/bin/sh", "sh", "-c", options.connect_command, (char *)NULL);
@@ -11541,17 +11650,40 @@ static int dial_command(struct sender *s)
 	return EX_OK;
 }
 
-/* The command has done its work when the connection is closed. */
+/* Waits for the command so many milliseconds, and for ever where that is 0. */
+static bool command_over(pid_t child, uint64_t ms, int *how)
+{
+	int64_t until = now_us() + (int64_t)ms * 1000;
+	pid_t got;
+
+	while (((got = waitpid(child, how, ms > 0 ? WNOHANG : 0)) == 0 && now_us() < until) ||
+	    (got < 0 && errno == EINTR))
+		pause_ms(10);
+	return got != 0;
+}
+
+enum { COMMAND_END_MS = 2000 };
+
+/* The command has done its work when the connection is closed: it has the timeout for what
+ * is left to do, then it is asked to end, and then it is ended.  What has been told is
+ * printed before. */
 static void end_command(struct sender *s)
 {
 	int how = 0;
 
-	if (s->on.child <= 0 || waitpid(s->on.child, &how, 0) != s->on.child || how == 0)
+	if (s->on.child <= 0)
 		return;
-	if (WIFEXITED(how))
+	(void)fflush(stdout);
+	if (!command_over(s->on.child, options.timeout_ms, &how)) {
+		diag("%s: still there, and ended", s->peer);
+		(void)kill(s->on.child, SIGTERM);
+		if (!command_over(s->on.child, COMMAND_END_MS, &how) && kill(s->on.child, SIGKILL) == 0)
+			(void)command_over(s->on.child, 0, &how);
+	} else if (WIFEXITED(how) && WEXITSTATUS(how) != 0) {
 		diag("%s: exit status %d", s->peer, WEXITSTATUS(how));
-	else
+	} else if (WIFSIGNALED(how)) {
 		diag("%s: ended by signal %d", s->peer, WTERMSIG(how));
+	}
 }
 
 static bool speaks_first(const struct sender *s)
@@ -12160,6 +12292,18 @@ static void message_begin(struct session *s, const struct bsmtp_server_event *e)
 	s->current = d;
 }
 
+/* Octets of recipients that one command gets: Linux takes no variable of 128 KiB. */
+enum { RECIPIENTS_MAX = 100 << 10 };
+
+static bool fits_command(const struct delivery *d, struct bsmtp_slice mailbox)
+{
+	size_t len = mailbox.len;
+
+	for (size_t i = 0; d != NULL && i < d->to.count; i++)
+		len += strlen(d->to.items[i]) + 1;
+	return len <= RECIPIENTS_MAX;
+}
+
 /* The engine asks about a recipient. */
 static enum bsmtp_answer judge_recipient(void *context, struct bsmtp_slice mailbox)
 {
@@ -12172,7 +12316,8 @@ static enum bsmtp_answer judge_recipient(void *context, struct bsmtp_slice mailb
 	/* A command would take it for an option; our own relay says where options end. */
 	if (st->row->layout == LAYOUT_COMMAND && options.called == NULL && mailbox.len > 0 && mailbox.at[0] == '-')
 		return BSMTP_ANSWER_DASH;
-	return BSMTP_ANSWER_STORED;
+	return st->row->layout != LAYOUT_COMMAND || fits_command(d, mailbox) ? BSMTP_ANSWER_STORED :
+	    BSMTP_ANSWER_TOO_MANY;
 }
 
 static void message_rcpt(struct delivery *d, const struct bsmtp_server_event *e)
@@ -14520,7 +14665,7 @@ static bool set_right(void)
 			return false;
 	sigemptyset(&none);
 	return sigprocmask(SIG_SETMASK, &none, NULL) == 0 && signal(SIGCHLD, SIG_DFL) != SIG_ERR &&
-	    signal(SIGPIPE, SIG_IGN) != SIG_ERR;
+	    signal(SIGPIPE, SIG_IGN) != SIG_ERR && signal(SIGXFSZ, SIG_IGN) != SIG_ERR;
 }
 
 int main(int argc, char **argv)

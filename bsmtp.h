@@ -630,6 +630,7 @@ enum bsmtp_answer {
 	BSMTP_ANSWER_STORE_FAILED,      /* 451 4.3.0 */
 	BSMTP_ANSWER_NOT_TAKEN,         /* 554 5.3.0: the store does not want it */
 	BSMTP_ANSWER_LOOPS,             /* 554 5.4.6: too many Received fields */
+	BSMTP_ANSWER_TOO_MANY,          /* 452 4.5.3, of RCPT */
 	BSMTP_ANSWER_DASH,              /* 553 5.1.3, of RCPT: a command would take it
 	                                 * for an option */
 	BSMTP_ANSWER_STOPPING,          /* 421 4.3.2 shutting down */

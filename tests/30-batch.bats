@@ -430,3 +430,53 @@ breaks() {
 	fi
 	assert_equal "$(summary delivered) $(summary octets)" "$n $((n * 72000))"
 }
+
+@test "--output FILE may be the input; it is whole, or what was there before" {
+	make_message >m
+	"$BSMTP" send --output q --to r@x.example -f s@x.example m m m
+	cp q before
+	"$BSMTP" send --output q q
+	cmp q before
+	ln -s q link
+	"$BSMTP" send --output link q q
+	[ -L link ]
+	assert_equal "$(grep -c '^MAIL' q)" 6
+	run -73 "$BSMTP" send --output none/q m --to r@x.example
+	( ulimit -f 1; run -74 "$BSMTP" send --output q --to r@x.example <(make_message; seq 1000 9999) )
+	assert_equal "$(grep -c '^MAIL' q)" 6
+	assert_equal "$(find . -name 'q.*')" ''
+}
+
+@test "a device or a pipe in place of a file of ours is left what it is" {
+	make_message >m
+	mknod null c 1 3 || { echo 'needs root'; return 1; }
+	mkfifo pipe
+	rm -f addr
+	start_listener --discard
+	for file in null pipe; do
+		[ $file = null ] || { cat pipe >/dev/null 3>&- & pids+=($!); }
+		timeout 20 "$BSMTP" send --server "$address" --mode auto --peers $file --to b@example.net m
+		[ ! -f $file ]
+	done
+	timeout 20 "$BSMTP" listen --discard --address-file null --deadline 100ms 127.0.0.1:0
+	"$BSMTP" send --output null --to b@example.net m
+	[ -c null ]
+}
+
+@test "a pipe or a device in a Maildir is no message, and nobody waits for it" {
+	mkdir -p md/cur md/new md/tmp
+	make_message >md/new/a
+	mkfifo md/new/b
+	ln -s /dev/zero md/new/c
+	run -65 timeout 20 "$BSMTP" send --output o --to b@example.net md
+	assert_output --partial 'no regular file'
+	assert_equal "$(grep -c '^MAIL' o)" 1
+}
+
+@test "a command of --connect-command that stays is ended, its message told before" {
+	make_message >m
+	run -0 timeout 30 "$BSMTP" send --json --timeout 1s --to b@example.net \
+		--connect-command "trap '' TERM; '$BSMTP' listen --stdio --discard; while :; do sleep 0.1; done" m
+	assert_output --partial '"fate":"delivered"'
+	assert_output --partial 'still there, and ended'
+}

@@ -395,6 +395,116 @@ foreign_is_there() {
 	done
 }
 
+@test "a temporary file that somebody else removed is none that was named" {
+	make_batch 1
+	for how in maildir:renameat,linkat eml:linkat; do
+		store=${how%%:*}
+		may_complain=1
+		# killed at each of its names in turn, until one comes through
+		for n in 1 2 3 4; do
+			rm -f addr
+			strace -f -o /dev/null -e trace="${how#*:}" -e inject="${how#*:}:signal=KILL:when=$n" \
+				"$BSMTP" listen "--$store" in --address-file addr 127.0.0.1:0 >/dev/null 2>&1 3>&- &
+			tracer=$!
+			await test -s addr
+			address=$(cat addr)
+			if send batch; then
+				pkill -P $tracer || :
+				wait $tracer || :
+				break
+			fi
+			wait $tracer || :
+			if [ $store = maildir ]; then rm -f in/tmp/*; else rm -f in/.tmp-*; fi
+			start_listener "--$store" in
+			send batch
+			stop_listener
+			assert_equal "$(find in -type f \( -path '*/new/*' -o -name '*.eml' \) | wc -l)" 1
+			rm -rf in
+		done
+		[ "$n" -gt 1 ]
+		rm -rf in
+	done
+}
+
+@test "a reader that moves a message while its group is open has it once" {
+	make_batch 1
+	may_complain=1
+	rm -f addr
+	# killed behind the name, before the journal knows
+	strace -f -o /dev/null -e trace=linkat -e inject=linkat:delay_exit=2000000 \
+		"$BSMTP" listen --maildir in --address-file addr 127.0.0.1:0 >/dev/null 2>&1 3>&- &
+	tracer=$!
+	await test -s addr
+	address=$(cat addr)
+	send batch 3>&- &
+	client=$!
+	named() { [ -n "$(find in/new -type f)" ]; }
+	await named
+	pkill -9 -P $tracer
+	wait $tracer || :
+	wait $client || :
+	for file in in/new/*; do mv "$file" "in/cur/${file##*/}:2,S"; done
+	start_listener --maildir in
+	send batch
+	stop_listener
+	assert_equal "$(find in/new in/cur in/tmp -type f | wc -l)" 1
+}
+
+@test "a folder that is moved away, or made anew, is found: nothing goes to the old one" {
+	make_message >m
+	for how in 'rm -rf in/new; mkdir in/new' 'mv in/new old; mkdir in/new' 'rm -rf in/tmp; mkdir in/tmp' \
+		'mv in old; mkdir -p in/new in/cur in/tmp' 'mv in old'; do
+		start_listener --maildir in
+		may_complain=1
+		send --to b@example.net m
+		eval "$how"
+		rm -f in/new/*
+		send --transid --to b@example.net m || send --transid --to b@example.net m
+		assert_equal "$(find in/new -type f | wc -l)" 1
+		stop_listener
+		rm -rf in old
+	done
+}
+
+@test "of two hosts whose names begin alike each leaves the other's files alone" {
+	mkdir -p in/new in/cur in/tmp
+	: >"in/tmp/1764000000.M000001P999999Q1.$(hostname | tr -c 'A-Za-z0-9.\n_-' _)2"
+	touch in/tmp/*
+	start_listener --maildir in
+	stop_listener
+	assert_equal "$(find in/tmp -type f | wc -l)" 1
+}
+
+@test "a damaged record takes no other with it, nor into a journal written anew" {
+	for store in mbox maildir; do
+		for n in 1 2 3; do
+			make_batch 1
+			mv batch b$n
+		done
+		start_listener "--$store" in
+		for n in 1 2 3; do send b$n; done       # a record each
+		stop_listener
+		journal=$(journal_of $store)
+		cp $journal whole
+		for at in 30 60 200; do
+			/usr/bin/python3 - whole $journal $at <<-'END'
+			import sys
+			octets = bytearray(open(sys.argv[1], "rb").read())
+			octets[int(sys.argv[3])] ^= 1
+			open(sys.argv[2], "wb").write(octets)
+			END
+			may_complain=1
+			start_listener "--$store" in
+			send --json b1 b2 b3 >sent.json
+			assert_equal "$(grep -c 'already stored' sent.json)" 2
+			stop_listener
+			rm -f in.new
+		done
+		rm -rf in in.journal
+		rm -f b? whole
+	done
+}
+
 # --- Another mail program, and its locks
 
 @test "an mbox is locked by FILE.lock too: it is waited for, and let go" {

@@ -307,3 +307,64 @@ os.execv(sys.argv[1], sys.argv[1:])' "$REAL" listen --stdio --exec 'ls -l /proc/
 	REAL=$BSMTP "$BSMTP" send --to b@example.net --connect-command '. ./door' m
 	assert_equal "$(cat fds)" '0 1 2 3'     # the last is the folder that ls reads
 }
+
+@test "one listener has a file of ids: a second one says so, and a command runs once" {
+	make_message >m
+	"$BSMTP" send --transid --to b@example.net -o batch m
+	start_listener --exec 'cat >/dev/null; echo run >>got' --transids ids
+	run -73 "$BSMTP" listen --exec 'cat >/dev/null; echo run >>got' --transids ids 127.0.0.1:0
+	assert_output --partial 'ids: another process has it'
+	send batch
+	send batch
+	assert_equal "$(wc -l <got)" 1
+}
+
+@test "a command that ended while we were stopped has its own verdict" {
+	make_message >m
+	"$BSMTP" send --transid --to b@example.net -o batch m
+	start_listener --exec 'cat >/dev/null; sleep 1; echo run >>got' --transids ids --timeout 4s
+	send batch 3>&- &
+	client=$!
+	pids+=($client)
+	await pgrep -P "$listener_pid" >/dev/null
+	kill -STOP "$listener_pid"
+	await test -s got
+	sleep 4         # the time that it may take is over
+	kill -CONT "$listener_pid"
+	wait $client
+	assert_equal "$(wc -l <got)" 1
+}
+
+@test "a file that may not grow larger gives 452 in every store, and the listener lives on" {
+	make_message >m
+	{ make_message; head -c 300000 /dev/zero | tr '\0' 'x'; } >big
+	for store in maildir eml mbox batch; do
+		may_complain=1
+		( ulimit -f 100; exec "$BSMTP" listen "--$store" in --address-file addr 127.0.0.1:0 ) >out 2>err 3>&- &
+		listener_pid=$!
+		pids+=($!)
+		await test -s addr
+		address=$(cat addr)
+		run -75 send --to b@example.net big
+		assert_output --partial 452
+		send --to b@example.net m
+		stop_listener
+		rm -rf in in.* addr
+	done
+}
+
+@test "more recipients than a command can get are put off, and come in time" {
+	/usr/bin/python3 - >batch <<-'END'
+	print("EHLO x\r\nMAIL FROM:<s@x.example> TRANSID=<1.k@h>\r")
+	for i in range(900):
+	    print("RCPT TO:<%s%04d@%s.%s.example>\r" % ("x" * 60, i, "a" * 60, "b" * 60))
+	print("DATA\r\nSubject: x\r\n\r\nhi\r\n.\r")
+	END
+	start_listener --exec 'cat >/dev/null; printf "%s\n" "$BSMTP_RECIPIENTS" >>got' --transids ids
+	n=0
+	until send batch; do
+		n=$((n + 1))
+		[ $n -lt 5 ]
+	done
+	assert_equal "$(sort -u got | wc -l) $(wc -l <got)" '900 900'
+}
