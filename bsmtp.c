@@ -6650,9 +6650,9 @@ static void read_header(struct source *s, struct header *h)
  *	1 text comes		T in tmp			removes T
  *	2 T is synced		T				removes T
  *	3 `?' is synced		T, `?'				names it N: stored
- *	4 N is a link to T	T, or N too; `?'		T alone: as 3; else stored
- *	5 N's folder is synced	T and N; `?' or `+'		stored; removes T
- *	6 `+', T is removed	N; `?' if power failed, or `+'	stored
+ *	4 T is renamed N	N, or T if power failed; `?'	T: as 3; else stored
+ *	5 N's folder is synced	N; `?' or `+'			stored
+ *	6 `+'			N; `?' if power failed, or `+'	stored
  *
  *	one file that is appended to: mbox, batch
  *	a text comes		nothing				nothing
@@ -6660,12 +6660,15 @@ static void read_header(struct source *s, struct header *h)
  *	c it is appended	a part; `?'			cuts it off: not stored
  *	d the file is synced	all of it; `?' or `+'		stored
  *
- * T goes last, so that one which is missing was removed by somebody else, and its message
- * is not stored unless N is there.  Without an id a message of the file stores needs no
- * journal: at 3 and 4 its sender has no answer and sends it again.  At d the journal knows the digest of each message,
- * and does not trust a size: other programs write to the file too.  Where a state
- * cannot be written the group stays open, nothing of it is undone, and no id is taken
- * until it is settled.  A command (--exec) cannot be undone: its id is known from when
+ * From 2 to 6 a second file stands beside T.  Where it does and T is missing, T was
+ * renamed, though a reader may have taken N.  Where both are missing somebody else removed
+ * them, and the message is not stored unless N is there.  Without an id a message of the
+ * file stores needs no journal: at 3 and 4 its sender has no answer and sends it again.
+ *
+ * At d the journal knows the digest of each message, and does not trust a size: other
+ * programs write to the file too.  Where a state cannot be written the group stays open,
+ * nothing of it is undone, and no id is taken until it is settled.  A command (--exec)
+ * cannot be undone: its id is known from when
  * it has ended, and a kill in between runs it again. */
 
 /* One message on its way to the store.  The loop fills it, the committer
@@ -8223,23 +8226,24 @@ static bool has_name(const struct store *st, const char *tmp, const char *name)
 	return named && (!left || (here.st_dev == there.st_dev && here.st_ino == there.st_ino));
 }
 
-/* The temporary name of the envelope of a message. */
-static const char *side_name(char *side, size_t size, const char *tmp)
+/* What stands beside a temporary file until its message is known to be stored: its
+ * envelope, or in a Maildir a second name of it.  As long as it does, a temporary file that
+ * is missing was named. */
+static const char *side_name(const struct store *st, char *side, size_t size, const char *tmp)
 {
-	snprintf(side, size, "%s.json", tmp);
+	snprintf(side, size, "%s.%s", tmp, st->row->envelopes ? "json" : "kept");
 	return side;
 }
 
-/* Gives a message its name.  It keeps the temporary one until it is known to be stored, so
- * that nothing which is missing is taken for one that was named.  A file system that has no
- * links gives a Maildir the name all the same: no other file ever has that. */
+/* Gives a message its name, at once and whole.  Nobody has a number whose envelope is ours;
+ * a message that somebody put there by hand is left alone. */
 static int publish(const struct store *st, const char *tmp, const char *name)
 {
-	if (linkat(st->tmp_dir, tmp, st->new_dir, name, 0) == 0 || has_name(st, tmp, name))
-		return 0;
-	if (st->row->envelopes || (errno != EPERM && errno != ENOTSUP && errno != EMLINK))
-		return -1;
-	return renameat(st->tmp_dir, tmp, st->new_dir, name);
+	if (st->row->envelopes && faccessat(st->new_dir, name, F_OK, 0) == 0) {
+		errno = EEXIST;
+		return has_name(st, tmp, name) ? 0 : -1;
+	}
+	return renameat(st->tmp_dir, tmp, st->new_dir, name) == 0 || has_name(st, tmp, name) ? 0 : -1;
 }
 
 static void drop_temporary(const struct store *st, const char *tmp)
@@ -8247,8 +8251,7 @@ static void drop_temporary(const struct store *st, const char *tmp)
 	char side[SIDE_NAME];
 
 	(void)unlinkat(st->tmp_dir, tmp, 0);
-	if (st->row->envelopes)
-		(void)unlinkat(st->tmp_dir, side_name(side, sizeof side, tmp), 0);
+	(void)unlinkat(st->tmp_dir, side_name(st, side, sizeof side, tmp), 0);
 }
 
 static void json_add(struct printout *t, struct bsmtp_slice s)
@@ -8314,12 +8317,28 @@ static int write_envelope(const struct delivery *d)
 	return done;
 }
 
+/* A file system that has no links gets an empty file. */
+static int prepare_maildir(struct store *st, struct delivery *d)
+{
+	char side[SIDE_NAME];
+
+	if (d->transid == NULL ||
+	    linkat(st->tmp_dir, d->tmp, st->tmp_dir, side_name(st, side, sizeof side, d->tmp), 0) == 0)
+		return 0;
+	if (errno == EEXIST)            /* nobody else has this name: has_name() */
+		return 0;
+	if (errno != EPERM && errno != ENOTSUP && errno != EMLINK)
+		return -1;
+	d->side = open_tmp(st, side);
+	return d->side < 0 ? -1 : 0;
+}
+
 /* The envelope beside the message, there before it and synced with it. */
 static int prepare_eml(struct store *st, struct delivery *d)
 {
 	char side[SIDE_NAME];
 
-	d->side = open_tmp(st, side_name(side, sizeof side, d->tmp));
+	d->side = open_tmp(st, side_name(st, side, sizeof side, d->tmp));
 	if (d->side < 0)
 		return -1;
 	d->numbered = write_envelope(d) == 0 && take_number(st, side, d->name, sizeof d->name) == 0;
@@ -8331,7 +8350,7 @@ static void discard_file(const struct store *st, const char *tmp, const char *na
 {
 	char side[SIDE_NAME], number[SIDE_NAME];
 
-	if (st->row->envelopes && *name != '\0' && has_name(st, side_name(side, sizeof side, tmp),
+	if (st->row->envelopes && *name != '\0' && has_name(st, side_name(st, side, sizeof side, tmp),
 	    envelope_name(number, sizeof number, name)))
 		(void)unlinkat(st->dir, number, 0);
 	drop_temporary(st, tmp);
@@ -8343,27 +8362,39 @@ static int publish_again(struct store *st, const char *tmp, const char *noted)
 {
 	char side[SIDE_NAME], name[SIDE_NAME];
 
-	if (!st->row->envelopes || has_name(st, side_name(side, sizeof side, tmp), envelope_name(name, sizeof name, noted)) ||
+	if (!st->row->envelopes || has_name(st, side_name(st, side, sizeof side, tmp), envelope_name(name, sizeof name, noted)) ||
 	    take_number(st, side, name, sizeof name) != 0)
 		return publish(st, tmp, noted);
 	return publish(st, tmp, name);
 }
 
+/* Whether it is there: 1, or 0; -1 where nobody can tell. */
+static int is_there(int dir, const char *name)
+{
+	if (faccessat(dir, name, F_OK, 0) == 0)
+		return 1;
+	return errno == ENOENT ? 0 : -1;
+}
+
 /* Whether a message of a group that was left open is stored: '+' or '-', and 0 with errno
- * where nobody can tell.  With a second name it was named, wherever a reader has put that;
- * with its temporary name alone it is named now; and where somebody else removed that, its
- * own name tells. */
+ * where nobody can tell.  One that has its temporary name gets its own now; one that has
+ * not was named if what stands beside it is there, wherever a reader has put it; and where
+ * somebody has removed both, its own name tells. */
 static char settled_state(struct store *st, const struct part *p)
 {
-	struct stat s;
+	char side[SIDE_NAME];
+	int there;
 
 	if (p->state != '?')
 		return p->state;
-	if (fstatat(st->tmp_dir, p->tmp, &s, AT_SYMLINK_NOFOLLOW) == 0)
-		return s.st_nlink > 1 || publish_again(st, p->tmp, p->name) == 0 ? '+' : '-';
-	if (errno == ENOENT && fstatat(st->new_dir, p->name, &s, AT_SYMLINK_NOFOLLOW) == 0)
-		return '+';
-	return errno == ENOENT ? '-' : '\0';
+	there = is_there(st->tmp_dir, p->tmp);
+	if (there > 0)
+		return publish_again(st, p->tmp, p->name) == 0 ? '+' : '-';
+	if (there == 0)
+		there = is_there(st->tmp_dir, side_name(st, side, sizeof side, p->tmp));
+	if (there == 0)
+		there = is_there(st->new_dir, p->name);
+	return there < 0 ? '\0' : there > 0 ? '+' : '-';
 }
 
 /* Names are T.MxPyQz.host: whether process y was of this host, and is gone; or a day and
@@ -8383,7 +8414,10 @@ static bool is_stale(const struct store *st, const char *name)
 	if (sscanf(name, "%*d.M%*dP%ldQ%*u.%n", &pid, &used) != 1 || used == 0 || pid <= 0 || pid == (long)st->pid)
 		return false;
 	name += used;
-	return strncmp(name, st->host, host) == 0 && (name[host] == '\0' || strcmp(name + host, ".json") == 0) &&
+	if (strncmp(name, st->host, host) != 0)
+		return false;
+	name += host;
+	return (*name == '\0' || strcmp(name, ".json") == 0 || strcmp(name, ".kept") == 0) &&
 	    kill((pid_t)pid, 0) != 0 && errno == ESRCH;
 }
 
@@ -8578,9 +8612,9 @@ static void commit_files(struct store *st, struct delivery *group)
 		journal_unlock(&st->journal);
 	}
 	for (struct delivery *d = group; d != NULL; d = next_of(d))
-		if (is_due(d))
+		if (is_due(d) && (d->noted || st->row->envelopes))
 			drop_temporary(st, d->tmp);
-		else if (settled || !d->noted)
+		else if (!is_due(d) && (settled || !d->noted))
 			discard_file(st, d->tmp, d->numbered ? d->name : "");
 }
 
@@ -9469,7 +9503,7 @@ static const struct store_row store_rows[] = {
 	[STORE_MAILDIR] = { .name = "maildir", .layout = LAYOUT_FILES,
 		.open = open_maildir_store, .folders = open_maildir_store, .subs = true,
 		.begin = begin_in_maildir, .text = text_as_lines,
-		.commit = commit_files },
+		.commit = commit_files, .prepare = prepare_maildir },
 	[STORE_EML] = { .name = "eml", .layout = LAYOUT_FILES, .envelopes = true,
 		.open = open_eml_store, .folders = open_eml_folder,
 		.begin = begin_file, .text = put_text,
