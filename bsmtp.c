@@ -60,6 +60,10 @@
 #include <sys/types.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#ifdef __linux__
+#include <sys/utsname.h>
+#include <sys/vfs.h>
+#endif
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -4609,6 +4613,38 @@ static int64_t now_us(void)
 	return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
+enum { LOCK_MS = 10000, LOCK_STEP_MS = 10 };
+
+static void pause_ms(long ms)
+{
+	struct timespec pause = { ms / 1000, ms % 1000 * 1000000 };
+
+	nanosleep(&pause, NULL);
+}
+
+static int lock_file(int fd, short type)
+{
+	struct flock lock;
+
+	memset(&lock, 0, sizeof lock);
+	lock.l_type = type;
+	lock.l_whence = SEEK_SET;
+	return fcntl(fd, F_SETLK, &lock);
+}
+
+/* Takes a lock of the whole file, waiting at most LOCK_MS. */
+static int await_lock(int fd, short type)
+{
+	int tries = LOCK_MS / LOCK_STEP_MS;
+
+	while (lock_file(fd, type) != 0) {
+		if ((errno != EACCES && errno != EAGAIN && errno != EINTR) || tries-- == 0)
+			return -1;
+		pause_ms(LOCK_STEP_MS);
+	}
+	return 0;
+}
+
 static const char *user_name(void)
 {
 	const char *name = getenv("LOGNAME");
@@ -5902,6 +5938,7 @@ struct source {
 	struct bsmtp_mbox mbox;
 	struct bsmtp_batch batch;
 	struct envelope envelope;       /* of the next message, where a batch has it */
+	uint64_t limit, taken;          /* regular: how many octets it had, and were read */
 	uint64_t offset;                /* of window[start] in the file */
 	uint64_t passed;                /* octets of the files before it */
 	size_t start, end;
@@ -5945,12 +5982,36 @@ static void envelope_free(struct envelope *e)
 	memset(e, 0, sizeof *e);
 }
 
+/* How much of a regular file there is to read.  Whoever is appending to it has a lock
+ * (fcntl(2)), so that behind that it is whole; what comes later is not for this run.  Where
+ * the size is not known, as in /proc, it is read to its end. */
+static int source_measure(struct source *s, int fd, struct stat *st)
+{
+	off_t at;
+
+	if (fd < 0 || fstat(fd, st) != 0)
+		return -1;
+	s->limit = s->taken = 0;
+	if (!S_ISREG(st->st_mode))
+		return 0;
+	if (await_lock(fd, F_RDLCK) != 0 && (errno == EACCES || errno == EAGAIN))
+		return -1;
+	at = lseek(fd, 0, SEEK_CUR);
+	if (fstat(fd, st) != 0)
+		return -1;
+	(void)lock_file(fd, F_UNLCK);
+	s->limit = st->st_size > at ? (uint64_t)(st->st_size - at) : 0;
+	return 0;
+}
+
 static bool source_start(struct source *s, int fd)
 {
 	struct stat st;
 
-	if (fd < 0 || fstat(fd, &st) != 0) {
-		input_error(s, EX_NOINPUT, strerror(errno));
+	if (source_measure(s, fd, &st) != 0) {
+		bool locked = fd >= 0 && (errno == EACCES || errno == EAGAIN);
+		input_error(s, locked ? EX_TEMPFAIL : EX_NOINPUT, locked ? "another process has locked it" :
+		    strerror(errno));
 		if (fd > STDIN_FILENO)
 			close(fd);
 		return false;
@@ -6063,6 +6124,7 @@ static bool source_open(struct source *s)
 static enum got source_fill(struct source *s)
 {
 	struct pollfd p = { s->fd, POLLIN, 0 };
+	size_t room;
 	ssize_t n;
 
 	if (s->start > 0 && (s->start == s->end || s->end == WINDOW_SIZE)) {
@@ -6072,15 +6134,23 @@ static enum got source_fill(struct source *s)
 	}
 	if (!s->regular && poll(&p, 1, 0) == 0)
 		return GOT_WAIT;
-	n = read(s->fd, s->window + s->end, min_size(WINDOW_SIZE - s->end, IO_MAX));
+	room = min_size(WINDOW_SIZE - s->end, IO_MAX);
+	if (s->limit > 0 && s->limit - s->taken < room)
+		room = (size_t)(s->limit - s->taken);
+	n = read(s->fd, s->window + s->end, room);
 	if (n < 0 && (errno == EINTR || errno == EAGAIN))
 		return GOT_WAIT;
 	if (n < 0) {
 		input_error(s, EX_NOINPUT, strerror(errno));
 		return GOT_ERROR;
 	}
+	if (n == 0 && s->taken < s->limit) {
+		input_error(s, EX_NOINPUT, "it has become shorter while it was read");
+		return GOT_ERROR;
+	}
 	s->eof = n == 0;
 	s->end += (size_t)n;
+	s->taken += (uint64_t)n;
 	return GOT_DATA;
 }
 
@@ -6660,8 +6730,8 @@ static void read_header(struct source *s, struct header *h)
  *	c it is appended	a part; `?'			cuts it off: not stored
  *	d the file is synced	all of it; `?' or `+'		stored
  *
- * From 2 to 6 a second file stands beside T.  Where it does and T is missing, T was
- * renamed, though a reader may have taken N.  Where both are missing somebody else removed
+ * From 2 until the disk has the `+' a second file stands beside T.  Where it does and T is
+ * missing, T was renamed, though a reader may have taken N.  Where both are missing somebody else removed
  * them, and the message is not stored unless N is there.  Without an id a message of the
  * file stores needs no journal: at 3 and 4 its sender has no answer and sends it again.
  *
@@ -6787,6 +6857,7 @@ struct journal {
 	off_t compact_at;       /* it is written anew when it is larger than this */
 	struct group *open, **open_end;         /* groups that are not settled */
 	int told;               /* errno of the failure that was told last */
+	bool unsynced;          /* states were written that may not be on the disk yet */
 };
 
 struct command {
@@ -6804,17 +6875,28 @@ struct pool {
 	struct job *failed;             /* to start */
 };
 
+/* How far a batch is known to be whole. */
+struct batch_end {
+	dev_t dev;
+	ino_t ino;
+	off_t at, begin, told;  /* begin: of the transaction that is read */
+	struct bsmtp_batch reader;
+};
+
 struct store {
 	const struct store_row *row;
 	const char *path;
 	int dir, tmp_dir, new_dir;      /* equal where the store has but one; -1: none */
-	bool single_syncs;      /* syncfs() has failed once */
+	bool single_syncs;      /* syncfs() has failed once, or cannot be trusted */
 	uint64_t sequence;      /* of names made by this process, whose number is */
 	pid_t pid;
 	uint64_t number;        /* eml: the last one taken */
 	size_t spooled;         /* octets of messages held in memory */
 	struct ids ids;
 	struct journal journal;
+	struct list kept;       /* files: temporary names of what is stored, its state not synced */
+	struct printout unnoted;        /* a command: who has what, as the journal has it not yet */
+	struct batch_end batch_end;
 	struct pool pool;
 	char host[64];
 };
@@ -6904,38 +6986,6 @@ static int sync_parent(const char *path)
 	if (fd >= 0)
 		close(fd);
 	return done;
-}
-
-enum { LOCK_MS = 10000, LOCK_STEP_MS = 10 };
-
-static void pause_ms(long ms)
-{
-	struct timespec pause = { ms / 1000, ms % 1000 * 1000000 };
-
-	nanosleep(&pause, NULL);
-}
-
-static int lock_file(int fd, short type)
-{
-	struct flock lock;
-
-	memset(&lock, 0, sizeof lock);
-	lock.l_type = type;
-	lock.l_whence = SEEK_SET;
-	return fcntl(fd, F_SETLK, &lock);
-}
-
-/* Takes a lock of the whole file, waiting at most LOCK_MS. */
-static int await_lock(int fd)
-{
-	int tries = LOCK_MS / LOCK_STEP_MS;
-
-	while (lock_file(fd, F_WRLCK) != 0) {
-		if ((errno != EACCES && errno != EAGAIN && errno != EINTR) || tries-- == 0)
-			return -1;
-		pause_ms(LOCK_STEP_MS);
-	}
-	return 0;
 }
 
 /* Whether the path still names the open file; *here is what that is. */
@@ -7272,17 +7322,19 @@ static bool parse_digest(const char *text, struct digest *d)
 }
 
 /* Gives each line of [at, end) to `each`, without its LF, and where it stands; until that
- * returns false, or what is left is no line. */
+ * returns false, or what is left is no line.  Of one that is longer than any of ours it
+ * gives the beginning. */
 typedef bool line_fn(void *context, char *line, size_t len, off_t at);
 
 static int journal_lines(int fd, off_t at, off_t end, line_fn *each, void *context)
 {
-	char text[32 << 10];
+	char text[(32 << 10) + 1];
+	bool passing = false;           /* the end of a line that is too long */
 	size_t len = 0;
 
 	for (;;) {
 		off_t left = end - at - (off_t)len;
-		size_t room = sizeof text - len, want = left < (off_t)room ? (size_t)left : room;
+		size_t room = sizeof text - 1 - len, want = left < (off_t)room ? (size_t)left : room;
 		ssize_t n = get_at(fd, text + len, want, at + (off_t)len);
 		char *line = text, *lf;
 		if (n < 0)
@@ -7290,12 +7342,20 @@ static int journal_lines(int fd, off_t at, off_t end, line_fn *each, void *conte
 		len += (size_t)n;
 		while ((lf = memchr(line, '\n', len - (size_t)(line - text))) != NULL) {
 			*lf = '\0';
-			if (!each(context, line, (size_t)(lf - line), at + (line - text)))
+			if (!passing && !each(context, line, (size_t)(lf - line), at + (line - text)))
 				return 0;
+			passing = false;
 			line = lf + 1;
 		}
-		if (line == text && (n == 0 || len == sizeof text))
-			return 0;               /* no LF any more, or none of ours */
+		if (line == text && n == 0)
+			return 0;               /* no LF any more */
+		if (line == text && len == sizeof text - 1) {
+			text[len] = '\0';
+			if (!passing && !each(context, line, len, at))
+				return 0;
+			passing = true;
+			line = text + len;
+		}
 		at += line - text;
 		len -= (size_t)(line - text);
 		memmove(text, line, len);
@@ -7549,7 +7609,7 @@ static int journal_take(struct journal *j, bool make, struct stat *here)
 	for (;;) {
 		if (j->fd < 0)
 			j->fd = open(j->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | (make ? O_CREAT : 0), 0600);
-		if (j->fd < 0 || await_lock(j->fd) != 0)
+		if (j->fd < 0 || await_lock(j->fd, F_WRLCK) != 0)
 			return -1;
 		if (still_named(j->fd, j->path, here))
 			return 0;
@@ -7605,6 +7665,15 @@ static void journal_unlock(struct journal *j)
 	errno = saved;
 }
 
+/* Of all states that were written, too: that is what each group does for the one before. */
+static int journal_sync(struct journal *j)
+{
+	if (fdatasync(j->fd) != 0)
+		return -1;
+	j->unsynced = false;
+	return 0;
+}
+
 enum { JOURNAL_DOUBT = 1 };
 
 /* Puts a record at the end, with its sum, and on the disk: 0; -1 where it is not there; and
@@ -7624,7 +7693,7 @@ static int journal_put(struct journal *j, struct printout *t, size_t states)
 	printout_add(t, "sum");
 	print_digest(t, hash_end(&h));
 	printout_add(t, "\n");
-	if (put_at(j->fd, t->at, t->len, &at) == 0 && fdatasync(j->fd) == 0) {
+	if (put_at(j->fd, t->at, t->len, &at) == 0 && journal_sync(j) == 0) {
 		j->group_end = at;
 		return 0;
 	}
@@ -7809,7 +7878,8 @@ static int journal_settle(struct journal *j, const struct delivery *group)
 	}
 	if (n == 0)
 		return 0;
-	if (put_at(j->fd, states, n, &at) != 0 || (!all && fdatasync(j->fd) != 0))
+	j->unsynced = true;
+	if (put_at(j->fd, states, n, &at) != 0 || (!all && journal_sync(j) != 0))
 		return -1;
 	j->end = j->group_end;
 	return 0;
@@ -7863,7 +7933,7 @@ static int journal_write_states(struct journal *j, const struct group *g)
 	for (size_t i = 0; i < g->count; i++)
 		if (put_at(j->fd, &g->parts[i].state, 1, &at) != 0)
 			return -1;
-	return fdatasync(j->fd);
+	return journal_sync(j);
 }
 
 /* The group is settled. */
@@ -8246,12 +8316,26 @@ static int publish(const struct store *st, const char *tmp, const char *name)
 	return renameat(st->tmp_dir, tmp, st->new_dir, name) == 0 || has_name(st, tmp, name) ? 0 : -1;
 }
 
-static void drop_temporary(const struct store *st, const char *tmp)
+static void drop_side(const struct store *st, const char *tmp)
 {
 	char side[SIDE_NAME];
 
-	(void)unlinkat(st->tmp_dir, tmp, 0);
 	(void)unlinkat(st->tmp_dir, side_name(st, side, sizeof side, tmp), 0);
+}
+
+static void drop_temporary(const struct store *st, const char *tmp)
+{
+	(void)unlinkat(st->tmp_dir, tmp, 0);
+	drop_side(st, tmp);
+}
+
+/* What stood beside those that are stored goes when the disk has their states. */
+static void drop_kept(struct store *st)
+{
+	for (size_t i = 0; i < st->kept.count && !st->journal.unsynced; i++)
+		drop_side(st, st->kept.items[i]);
+	if (!st->journal.unsynced)
+		list_free(&st->kept);
 }
 
 static void json_add(struct printout *t, struct bsmtp_slice s)
@@ -8327,7 +8411,7 @@ static int prepare_maildir(struct store *st, struct delivery *d)
 		return 0;
 	if (errno == EEXIST)            /* nobody else has this name: has_name() */
 		return 0;
-	if (errno != EPERM && errno != ENOTSUP && errno != EMLINK)
+	if (errno != EPERM && errno != ENOTSUP && errno != EMLINK && errno != ENOSYS)
 		return -1;
 	d->side = open_tmp(st, side);
 	return d->side < 0 ? -1 : 0;
@@ -8468,6 +8552,27 @@ static void sweep_files(const struct store *st)
 		closedir(dir);
 }
 
+#ifdef __linux__
+/* Whether syncfs() says of this folder's file system that all is on the disk: not all of
+ * them ask whoever has the disk (FUSE, CIFS), and before Linux 5.8 it told of no failure. */
+static bool has_syncfs(int dir)
+{
+	static const unsigned long known[] = { 0xEF53 /* ext4 */, 0x58465342 /* xfs */, 0x9123683E /* btrfs */,
+		0xF2F52010 /* f2fs */, 0x01021994 /* tmpfs */ };
+	unsigned major = 0, minor = 0;
+	struct utsname system;
+	struct statfs s;
+
+	if (uname(&system) != 0 || sscanf(system.release, "%u.%u", &major, &minor) != 2 ||
+	    major * 1000 + minor < 5008 || fstatfs(dir, &s) != 0)
+		return false;
+	for (size_t i = 0; i < COUNT(known); i++)
+		if ((unsigned long)s.f_type == known[i])
+			return true;
+	return false;
+}
+#endif
+
 /* The data of a whole group with one call, where the system has it.  A failure
  * may have been that of a file whose turn comes later, and is told but once: from
  * then on each file is asked for its own. */
@@ -8475,7 +8580,7 @@ static bool sync_at_once(struct store *st)
 {
 #ifdef __linux__
 	if (!st->single_syncs)
-		st->single_syncs = syncfs(st->tmp_dir) != 0;
+		st->single_syncs = !has_syncfs(st->tmp_dir) || syncfs(st->tmp_dir) != 0;
 	return !st->single_syncs;
 #else
 	(void)st;
@@ -8606,14 +8711,17 @@ static void commit_files(struct store *st, struct delivery *group)
 	sync_files(st, group, count, ids > 0 || st->row->envelopes);
 	if (ids > 0)
 		settled = note_files(st, group);
+	drop_kept(st);
 	settled = name_files(st, group) && settled;
 	if (ids > 0) {
 		settled = journal_end(st, group, settled);
 		journal_unlock(&st->journal);
 	}
 	for (struct delivery *d = group; d != NULL; d = next_of(d))
-		if (is_due(d) && (d->noted || st->row->envelopes))
-			drop_temporary(st, d->tmp);
+		if (is_due(d) && d->noted)
+			list_add(&st->kept, slice_of(d->tmp));
+		else if (is_due(d) && st->row->envelopes)
+			drop_side(st, d->tmp);
 		else if (!is_due(d) && (settled || !d->noted))
 			discard_file(st, d->tmp, d->numbered ? d->name : "");
 }
@@ -8708,7 +8816,7 @@ static int append_lock(const struct store *st, struct append *a)
 	int tries = LOCK_MS / LOCK_STEP_MS, done;
 
 	for (;;) {
-		if (await_lock(a->fd) != 0)
+		if (await_lock(a->fd, F_WRLCK) != 0)
 			return -1;
 		done = st->row->dotlock ? take_dotlock(st) : 0;
 		a->dotted = done == 0 && st->row->dotlock;
@@ -9026,27 +9134,82 @@ static void append_end(struct store *st, struct append *a)
 	journal_unlock(&st->journal);
 }
 
+/* Reads on in a batch to its end: NULL, or what is wrong with it.  What is appended inside of a
+ * message is part of that. */
+static const char *read_batch_end(struct batch_end *end, const struct append *a)
+{
+	struct bsmtp_slice text = slice("", 0), parameters;
+	char in[16 << 10];
+	size_t len = 0, used;
+
+	while (end->at + (off_t)len < a->size || len > 0) {
+		enum bsmtp_batch_event event;
+		off_t left = a->size - end->at - (off_t)len;
+		ssize_t n = get_at(a->fd, in + len, (size_t)min_off(left, (off_t)(sizeof in - len)), end->at + (off_t)len);
+		if (n < 0)
+			return strerror(errno);
+		len += (size_t)n;
+		event = bsmtp_batch_next(&end->reader, in, len, false, &used, &text, &parameters);
+		if (event == BSMTP_BATCH_BAD)
+			return text.at;
+		if (end->reader.state == BATCH_COMMANDS || event == BSMTP_BATCH_MAIL)
+			end->begin = end->at;
+		if (event == BSMTP_BATCH_NEED && used == 0 && n == 0)
+			return "its last line has no end";
+		end->at += (off_t)used;
+		len -= used;
+		memmove(in, in + used, len);
+	}
+	return end->reader.state == BATCH_BODY ? "it ends inside a message" : NULL;
+}
+
+/* Sees to it that what is appended to a batch will be read as it is meant. */
+static int check_batch_end(struct store *st, const struct append *a)
+{
+	struct batch_end *end = &st->batch_end;
+	const char *wrong;
+	struct stat s;
+
+	if (fstat(a->fd, &s) != 0)
+		return -1;
+	if (end->dev != s.st_dev || end->ino != s.st_ino || a->size < end->at)
+		*end = (struct batch_end){ .dev = s.st_dev, .ino = s.st_ino };
+	wrong = read_batch_end(end, a);
+	if (wrong == NULL)
+		return 0;
+	if (end->told != a->size)
+		diag("%s: offset %lld: %s: nothing is appended to it: mend it, or move it away", st->path,
+		    (long long)(end->reader.state == BATCH_BODY ? end->begin : end->at), wrong);
+	*end = (struct batch_end){ .told = a->size };
+	errno = EBADMSG;
+	return -1;
+}
+
 /* At the start a file is mended, and one that cannot be written is known. */
 static int open_append_store(struct store *st)
 {
 	struct append a;
+	int done;
 
 	if (append_start(st, &a) != 0)
 		return -1;
+	done = st->row->from_lines ? 0 : check_batch_end(st, &a);
 	append_end(st, &a);
-	return 0;
+	return done;
 }
 
 /* ---- appending a group ---- */
 
 /* What must stand between the file's end and the first message: in an mbox a blank line,
  * in a batch that is empty its opening.  -1 with errno. */
-static ssize_t append_lead(const struct store *st, const struct append *a, char *lead, size_t size)
+static ssize_t append_lead(struct store *st, const struct append *a, char *lead, size_t size)
 {
 	char last[2] = { '\n', '\n' };
 	size_t n = a->size > 1 ? 2 : (size_t)a->size;
 
 	lead[0] = '\0';
+	if (!st->row->from_lines && check_batch_end(st, a) != 0)
+		return -1;
 	if (get_at(a->fd, last + 2 - n, n, a->size - (off_t)n) < 0)
 		return -1;
 	if (!st->row->from_lines && a->size == 0)
@@ -9151,6 +9314,8 @@ static int append_group(struct store *st, struct append *a, struct delivery *gro
 		return -1;
 	if (fsync(a->fd) != 0)
 		return -1;
+	st->batch_end.at = good;
+	st->batch_end.reader.begun = true;
 	return a->size == 0 ? sync_parent(st->path) : 0;
 }
 
@@ -9473,26 +9638,45 @@ static struct job *pool_stop(struct pool *p)
 	return done;
 }
 
+/* Puts in the journal what is not there yet.  Where that fails it is tried again, and the
+ * lock is kept: another listener would run those commands again. */
+static void note_commands(struct store *st)
+{
+	enum { UNNOTED_MAX = 1 << 20 };
+	struct journal *j = &st->journal;
+	size_t len = st->unnoted.len;
+
+	if (journal_lock(st, true) != 0)
+		return;
+	if (journal_put(j, &st->unnoted, 0) == 0) {
+		j->end = j->group_end;
+		st->unnoted.len = 0;
+		j->told = 0;
+		journal_compact(j);
+		return;
+	}
+	if (errno != j->told)
+		diag("%s: %s", j->path, strerror(errno));
+	j->told = errno;
+	st->unnoted.len = len;
+	if (len > UNNOTED_MAX) {
+		diag("%s: the ids of %zu octets could not be noted: they will be forgotten", j->path, len);
+		st->unnoted.len = 0;
+	}
+}
+
 /* After the command: the committer notes who has the message now, where ids are kept.  The
  * command has ended, so that a note which cannot be made changes nothing about that. */
 static void note_delivered(struct store *st, struct delivery *group)
 {
-	struct printout t = { NULL, 0, 0 };
 	int64_t now = (int64_t)time(NULL);
 
 	for (const struct delivery *d = group; d != NULL; d = next_of(d)) {
 		ids_add_all(&st->ids, d, now);
 		for (size_t i = 0; i < d->to.count; i++)
-			printout_add(&t, "known %lld %s %s\n", (long long)now, d->transid, d->to.items[i]);
+			printout_add(&st->unnoted, "known %lld %s %s\n", (long long)now, d->transid, d->to.items[i]);
 	}
-	if (journal_lock(st, true) == 0) {
-		if (journal_put(&st->journal, &t, 0) == 0)
-			st->journal.end = st->journal.group_end;
-		else
-			(void)journal_trouble(&st->journal);
-		journal_compact(&st->journal);
-	}
-	free(t.at);
+	note_commands(st);
 	for (struct delivery *d = group; d != NULL; d = next_of(d))
 		close_files(d);
 }
@@ -9547,6 +9731,8 @@ static int settle_store(struct store *st)
 		done = settle_open_files(st);
 	else if (errno == ENOENT)
 		done = 0;               /* there is none yet */
+	if (done == 0 && st->journal.fd >= 0)   /* before what stands beside files goes */
+		done = journal_sync(&st->journal);
 	if (st->row->layout != LAYOUT_COMMAND)
 		journal_unlock(&st->journal);
 	if (done == 0 && st->row->layout == LAYOUT_FILES)
@@ -9588,6 +9774,8 @@ static void store_close(struct store *st)
 		if (fds[i] >= 0)
 			close(fds[i]);
 	journal_close(&st->journal);
+	list_free(&st->kept);
+	free(st->unnoted.at);
 	ids_close(&st->ids);
 }
 
@@ -9659,6 +9847,7 @@ static void delivery_forget(struct store *st, struct delivery *d)
  * size follows from the disk's speed. */
 struct worker {
 	void (*run)(void *context, struct job *group);
+	void (*rest)(void *context);    /* when nothing has come for a while, and at the end; or NULL */
 	void *context;
 	pthread_t thread;
 	pthread_mutex_t lock;
@@ -9669,17 +9858,44 @@ struct worker {
 	int signal[2];          /* a pipe: an octet when there is something done */
 };
 
+/* Waits for more to do; false where nothing has come for REST_MS. */
+static bool worker_wait(struct worker *w, bool rested)
+{
+	enum { REST_MS = 100 };
+	struct timespec until;
+
+	if (rested)
+		return pthread_cond_wait(&w->wake, &w->lock) == 0;
+	clock_gettime(CLOCK_REALTIME, &until);
+	until.tv_nsec += REST_MS * 1000000;
+	until.tv_sec += until.tv_nsec / 1000000000;
+	until.tv_nsec %= 1000000000;
+	return pthread_cond_timedwait(&w->wake, &w->lock, &until) != ETIMEDOUT;
+}
+
+static void worker_rest(struct worker *w)
+{
+	pthread_mutex_unlock(&w->lock);
+	w->rest(w->context);
+	pthread_mutex_lock(&w->lock);
+}
+
 static void *worker_run(void *context)
 {
 	struct worker *w = context;
+	bool rested = true;
 
 	pthread_mutex_lock(&w->lock);
 	while (!w->stop || w->queue != NULL) {
 		struct job *group = w->queue;
 		if (group == NULL) {
-			pthread_cond_wait(&w->wake, &w->lock);
+			if (!worker_wait(w, rested)) {
+				worker_rest(w);
+				rested = true;
+			}
 			continue;
 		}
+		rested = w->rest == NULL;
 		w->queue = NULL;
 		w->queue_end = &w->queue;
 		pthread_mutex_unlock(&w->lock);
@@ -9690,16 +9906,20 @@ static void *worker_run(void *context)
 			w->done_end = &(*w->done_end)->next;
 		(void)!write(w->signal[1], "", 1);
 	}
+	if (!rested)
+		worker_rest(w);
 	pthread_mutex_unlock(&w->lock);
 	return NULL;
 }
 
-static bool worker_start(struct worker *w, void (*run)(void *, struct job *), void *context)
+static bool worker_start(struct worker *w, void (*run)(void *, struct job *), void (*rest)(void *),
+    void *context)
 {
 	sigset_t all, old;
 
 	memset(w, 0, sizeof *w);
 	w->run = run;
+	w->rest = rest;
 	w->context = context;
 	w->queue_end = &w->queue;
 	w->done_end = &w->done;
@@ -9754,6 +9974,19 @@ static void worker_stop(struct worker *w)
 	pthread_cond_destroy(&w->wake);
 	pthread_mutex_destroy(&w->lock);
 	w->started = false;
+}
+
+/* No group comes that would sync the states of the last one, or what is not noted yet. */
+static void rest(void *context)
+{
+	struct store *st = context;
+	struct journal *j = &st->journal;
+
+	if (st->unnoted.len > 0)
+		note_commands(st);
+	if (j->fd >= 0 && j->unsynced)
+		(void)journal_sync(j);
+	drop_kept(st);
 }
 
 static void commit(void *context, struct job *group)
@@ -10874,7 +11107,7 @@ static bool write_batch_text(struct sender *s, FILE *f)
 static bool write_detour(struct sender *s, FILE *body, FILE *batch, size_t rcpt_max)
 {
 	const struct letter *l = s->current;
-	bool whole = write_batch_text(s, body) && fflush(body) == 0;
+	bool whole = write_batch_text(s, body) && fflush(body) == 0 && !ferror(body);
 	char copy[BATCH_STEP];
 
 	for (size_t i = 0; whole && i < l->to->count; i += rcpt_max) {
@@ -13616,8 +13849,8 @@ static int listen_main(void)
 	status = prepare_tls(l);
 	if (status != EX_OK) {
 		;
-	} else if (!catch_signals(l) || !worker_start(&l->committer, commit, &l->store) ||
-	    (options.users != NULL && !worker_start(&l->verifier, verify, &l->users))) {
+	} else if (!catch_signals(l) || !worker_start(&l->committer, commit, rest, &l->store) ||
+	    (options.users != NULL && !worker_start(&l->verifier, verify, NULL, &l->users))) {
 		diag("%s", strerror(errno));
 		status = EX_OSERR;
 	} else {

@@ -375,6 +375,116 @@ breaks() {
 	done
 }
 
+# --- A file that others write to
+
+# lock FILE SECONDS: takes the lock of fcntl(2), says so, and appends standard input.
+lock() {
+	/usr/bin/python3 -c '
+import fcntl, os, sys, time
+with open(sys.argv[1], "r+b") as f:
+    fcntl.lockf(f, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    rest = sys.stdin.buffer.read()
+    time.sleep(float(sys.argv[2]))
+    f.seek(0, 2)
+    f.write(rest)
+' "$@"
+}
+
+@test "a file that is being appended to is waited for, and read whole" {
+	{ printf 'From a@x.example Mon Nov 23 12:00:00 2026\nSubject: x\n\n'; seq 3000; echo; } >box
+	"$BSMTP" send --helo x --to b@x.example --output b box
+	for file in box b; do
+		cp $file whole
+		truncate -s -5000 $file
+		tail -c 5000 whole | lock $file 0.5 >locked 3>&- &
+		pids+=($!)
+		await test -s locked
+		run -0 "$BSMTP" send --to b@x.example --output out $file
+		body out | cmp - <(seq 3000)
+		# so is one that was moved away meanwhile
+		cp whole $file
+		truncate -s -5000 $file
+		tail -c 5000 whole | lock $file 0.5 >locked 3>&- &
+		pids+=($!)
+		await test -s locked
+		mv $file moved
+		run -0 "$BSMTP" send --to b@x.example --output out moved
+		body out | cmp - <(seq 3000)
+		rm -f moved out locked
+	done
+}
+# body BATCH: of its one message.
+body() { tr -d '\r' <"$1" | sed '1,/^$/d' | sed '/^\.$/,$d' | sed '$ { /^$/d }'; }
+
+@test "a lock that is never let go is 75, and the other files are sent" {
+	printf 'Subject: x\n\nx\n' >m
+	cp m n
+	lock m 30 </dev/null >locked 3>&- &
+	pids+=($!)
+	await test -s locked
+	run -75 "$BSMTP" send --to b@x.example --output out m n
+	assert_output --partial 'm: another process has locked it'
+	assert_equal "$(grep -c '^MAIL' out)" 1
+}
+
+@test "a file is read as it was when it was opened; one that has become shorter breaks off" {
+	/usr/bin/python3 -c 'import sys; print("From a@x.example Mon Nov 23 12:00:00 2026\nSubject: x\n\n" + "x\n" * int(sys.argv[1]) + "\n", end="")' $((SCALE * 10000)) >box
+	cp box whole
+	for how in 'cat whole >>box' 'truncate -s $((SCALE * 15000)) box'; do
+		for framing in bdat data; do
+			cp whole box
+			start_listener --eml eml
+			kill -STOP "$listener_pid"
+			"$BSMTP" send --server "$address" --framing $framing --to b@x.example box >said 2>&1 3>&- &
+			client=$!
+			pids+=($client)
+			fd() { readlink /proc/$client/fd/* | grep -q "$PWD/box"; }
+			await fd
+			eval "$how"
+			kill -CONT "$listener_pid"
+			status=0
+			wait $client || status=$?
+			if [ "$how" = 'cat whole >>box' ]; then
+				assert_equal "$status $(messages)" '0 1'
+			else
+				assert_equal "$status $(messages)" '66 0'
+				grep -q 'box: it has become shorter' said
+			fi
+			stop_listener
+			rm -rf eml
+		done
+	done
+}
+
+@test "a listener appends nothing to a batch that would swallow it" {
+	may_complain=1
+	batch "EHLO x\r\n$good$good"
+	whole=$(stat -c %s batch)
+	for cut in 1 3 20; do
+		cp batch in
+		truncate -s -$cut in
+		run -73 "$BSMTP" listen --batch in 127.0.0.1:0
+		assert_output --partial 'in: offset '
+		assert_equal "$(stat -c %s in)" $((whole - cut))
+	done
+	# torn while the listener runs, by another program; it lives on
+	cp batch in
+	start_listener --batch in
+	printf 'MAIL FROM:<a@x.example>\r\nRCPT TO:<b@x.example>\r\nDATA\r\ntorn\r\n' >>in
+	printf 'Subject: x\n\nx\n' >m
+	run -75 "$BSMTP" send --server "$address" --to c@x.example m
+	assert_output --partial 451
+	grep -q "^bsmtp: in: offset $whole: it ends inside a message" listener.err
+	# mended, with foreign mail and line ends, it is appended to
+	printf '.\r\nVERB\r\n%b' "$good" >>in
+	send --to c@x.example m
+	mv in moved
+	send --to c@x.example m
+	stop_listener
+	assert_equal "$("$BSMTP" send --output - moved | grep -c '^MAIL') $(grep -c '^MAIL' in)" '5 1'
+}
+
 # --- Large
 
 @test "a message of a batch for thousands of recipients has them all, in order" {

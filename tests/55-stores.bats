@@ -400,7 +400,7 @@ note_delivered() {
 
 # What is not settled is sent again; were all settled before the last kill, all is.
 killed_at_random() {
-	local kills=${BSMTP_STORE_KILLS:-4} n=${BSMTP_STORE_MESSAGES:-$((SCALE * 4))}
+	local kills=${BSMTP_STORE_KILLS:-$((SCALE > 10 ? 4 : 2))} n=${BSMTP_STORE_MESSAGES:-$((SCALE * 4))}
 	may_complain=1          # it tells what it cuts off
 	holds numbered "$n" want
 	: >delivered
@@ -488,9 +488,14 @@ torn_by_another() {
 }
 left_alone() {
 	cp file before
-	start_listener "--$1" file
-	assert_equal "$(cat listener.err)" ''
-	stop_listener
+	if [ "$1" = batch ]; then       # nothing is appended to one that would swallow it
+		run -73 "$BSMTP" listen --batch file 127.0.0.1:0
+		assert_output --partial 'file: offset '
+	else
+		start_listener "--$1" file
+		assert_equal "$(cat listener.err)" ''
+		stop_listener
+	fi
 	cmp before file
 }
 @test "a torn end of the mbox that somebody else wrote is left alone" { torn_by_another mbox; }

@@ -319,6 +319,29 @@ os.execv(sys.argv[1], sys.argv[1:])' "$REAL" listen --stdio --exec 'ls -l /proc/
 	assert_equal "$(wc -l <got)" 1
 }
 
+@test "a note that met a full disk is made later, and its id is known" {
+	may_complain=1
+	make_message >m
+	for n in 1 2; do "$BSMTP" send --transid --to b@example.net -o batch$n m; done
+	start_listener --exec 'cat >/dev/null; echo run >>got' --transids ids
+	strace -qq -f -p "$listener_pid" -o trace -e trace=pwrite64 -e inject=pwrite64:error=ENOSPC:when=1 3>&- &
+	tracer=$!
+	pids+=($tracer)
+	await grep -q "^TracerPid:.*[1-9]" "/proc/$listener_pid/status"
+	send batch1
+	await grep -q ENOSPC trace
+	run -73 "$BSMTP" listen --exec true --transids ids 127.0.0.1:0
+	send batch2
+	await eval '[ "$(grep -c ^known ids)" -eq 2 ]'
+	kill $tracer
+	wait $tracer || :
+	stop_listener
+	start_listener --exec 'cat >/dev/null; echo run >>got' --transids ids
+	send batch1
+	send batch2
+	assert_equal "$(wc -l <got)" 2
+}
+
 @test "a command that ended while we were stopped has its own verdict" {
 	make_message >m
 	"$BSMTP" send --transid --to b@example.net -o batch m

@@ -131,7 +131,7 @@ all_have() { seq -f 'r%.0f@example.net' 1 "$1" | sort | diff - <(who_has); }
 @test "a split leaves what is on its way to the server as it is" {
 	local n
 	for n in 1 2 3 4; do
-		{ printf 'Subject: %s\n\n' $n; seq $n$n "${n}0000"; } >m.$n
+		{ printf 'Subject: %s\n\n' $n; seq $n$n $((SCALE > 10 ? n * 10000 : n * 1000)); } >m.$n
 	done
 	start_listener --eml in --max-recipients 2
 	send --to a@x.example,b@x.example,c@x.example,d@x.example,e@x.example m.1 m.2 m.3 m.4
@@ -140,6 +140,22 @@ all_have() { seq -f 'r%.0f@example.net' 1 "$1" | sort | diff - <(who_has); }
 		assert_equal "$(for file in in/*.eml; do tr -d '\r' <"$file" | cmp -s - m.$n && echo $n; done | wc -l)" 3
 	done
 	assert_equal "$(cat in/*.json | jq -r '.to[]' | sort | uniq -c | awk '{ print $1 }' | uniq)" 4
+}
+
+@test "a split whose temporary file meets a full disk sends nothing of the message" {
+	local n failed=0
+	{ printf 'Subject: x\n\n'; seq $((SCALE > 10 ? 40000 : 4000)); } >m
+	start_listener --maildir in --max-recipients 2
+	for n in 1 2 3 5; do
+		rm -f in/new/*
+		run strace -qq --seccomp-bpf -f -o /dev/null -e trace=write -e inject=write:error=ENOSPC:when=$n \
+			"$BSMTP" send --server "$address" --to a@x.example,b@x.example,c@x.example m
+		[ "$status" -eq 0 ] || failed=$((failed + 1))
+		for file in in/new/*; do
+			[ ! -e "$file" ] || sed '1,/^Subject/d' "$file" | cmp - <(sed 1d m)
+		done
+	done
+	assert [ $failed -gt 0 ]
 }
 
 @test "the same transaction twice in one stream is stored once" {
