@@ -3642,6 +3642,7 @@ static unsigned refuse_mail(struct bsmtp_server *s, struct bsmtp_slice rest, str
 	    BSMTP_PATH_NULL | BSMTP_PATH_UTF8) : BSMTP_BAD;
 	unsigned refusal;
 
+	s->oversize = false;            /* what a MAIL before it said, that was refused */
 	if (used <= 0)
 		return ANSWER_BAD_PATH;
 	refusal = mail_parameters(s, slice(rest.at + used, rest.len - (size_t)used), event);

@@ -244,3 +244,26 @@ PY
 		assert_equal "$window" "$default"
 	fi
 }
+
+@test "the size of a MAIL that was refused is not the next one's, in any mode that says it" {
+	cat >batch <<-'END'
+	EHLO c
+	MAIL FROM:<a@x.example> SIZE=5000
+	RCPT TO:<b@x.example>
+	DATA
+	large
+	.
+	MAIL FROM:<a@x.example>
+	RCPT TO:<b@x.example>
+	DATA
+	small
+	.
+	END
+	start_listener --eml in --max-size 400
+	for mode in bsmtp pipelining lockstep; do
+		run -69 "$BSMTP" send --server "$address" --mode $mode batch
+		assert_output --partial 'message 1'
+		refute_output --partial 'message 2'
+	done
+	assert_equal "$(cat in/*.eml | grep -c small)" 3
+}
