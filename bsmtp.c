@@ -1100,11 +1100,11 @@ enum { BATCH_COMMANDS, BATCH_OPEN, BATCH_BODY };
  * say nothing about mail are passed over, and only foreign matter stops it. */
 static const struct {
 	const char *name;
-	enum { BATCH_IDLE, BATCH_RESETS, BATCH_MAIL, BATCH_RCPT, BATCH_DATA } does;
+	enum { BATCH_IDLE, BATCH_RESETS, BATCH_BETWEEN, BATCH_MAIL, BATCH_RCPT, BATCH_DATA } does;
 } batch_verbs[] = {
 	{ "MAIL", BATCH_MAIL }, { "RCPT", BATCH_RCPT }, { "DATA", BATCH_DATA },
-	{ "HELO", BATCH_RESETS }, { "EHLO", BATCH_RESETS }, { "BSMTP", BATCH_RESETS },
-	{ "RSET", BATCH_RESETS }, { "QUIT", BATCH_RESETS }, { "NOOP", BATCH_IDLE },
+	{ "HELO", BATCH_BETWEEN }, { "EHLO", BATCH_BETWEEN }, { "BSMTP", BATCH_BETWEEN },
+	{ "RSET", BATCH_RESETS }, { "QUIT", BATCH_BETWEEN }, { "NOOP", BATCH_IDLE },
 	{ "VERB", BATCH_IDLE }, { "VERBOSE", BATCH_IDLE }, { "TICK", BATCH_IDLE }, { "", BATCH_IDLE },
 };
 
@@ -1148,6 +1148,9 @@ static enum bsmtp_batch_event batch_command(struct bsmtp_batch *b, struct bsmtp_
 	if (row == COUNT(batch_verbs))
 		return batch_bad(text, "no command that a batch may have");
 	line = n < line.len ? slice(line.at + n + 1, line.len - n - 1) : slice(line.at + n, 0);
+	if (b->state == BATCH_OPEN &&
+	    (batch_verbs[row].does == BATCH_BETWEEN || batch_verbs[row].does == BATCH_MAIL))
+		return batch_bad(text, "a transaction is open, and only RSET drops it");
 	switch (batch_verbs[row].does) {
 	case BATCH_MAIL:
 		b->state = BATCH_OPEN;
@@ -1165,6 +1168,7 @@ static enum bsmtp_batch_event batch_command(struct bsmtp_batch *b, struct bsmtp_
 		b->state = BATCH_COMMANDS;
 		break;
 	case BATCH_IDLE:
+	case BATCH_BETWEEN:
 		break;
 	}
 	return BSMTP_BATCH_NEED;
@@ -9161,7 +9165,8 @@ static const char *read_batch_end(struct batch_end *end, const struct append *a)
 		len -= used;
 		memmove(in, in + used, len);
 	}
-	return end->reader.state == BATCH_BODY ? "it ends inside a message" : NULL;
+	return end->reader.state == BATCH_BODY ? "it ends inside a message" :
+	    end->reader.state == BATCH_OPEN ? "it ends inside a transaction" : NULL;
 }
 
 /* Sees to it that what is appended to a batch will be read as it is meant. */
@@ -9180,7 +9185,7 @@ static int check_batch_end(struct store *st, const struct append *a)
 		return 0;
 	if (end->told != a->size)
 		diag("%s: offset %lld: %s: nothing is appended to it: mend it, or move it away", st->path,
-		    (long long)(end->reader.state == BATCH_BODY ? end->begin : end->at), wrong);
+		    (long long)(end->reader.state != BATCH_COMMANDS ? end->begin : end->at), wrong);
 	*end = (struct batch_end){ .told = a->size };
 	errno = EBADMSG;
 	return -1;

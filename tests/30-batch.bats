@@ -457,6 +457,25 @@ body() { tr -d '\r' <"$1" | sed '1,/^$/d' | sed '/^\.$/,$d' | sed '$ { /^$/d }';
 	done
 }
 
+@test "an open transaction that is not dropped by RSET is not lost without a word" {
+	may_complain=1
+	for next in QUIT 'EHLO x' 'HELO x' 'BSMTP x' 'MAIL FROM:<c@x.example>'; do
+		batch "EHLO x\r\n${good}MAIL FROM:<a@x.example>\r\nRCPT TO:<lost@x.example>\r\n$next\r\n$good"
+		start_listener --eml eml
+		run -65 "$BSMTP" send --server "$address" batch
+		assert_output --partial 'line 11: a transaction is open'
+		stop_listener
+		assert_equal "$(messages)" 1
+		rm -rf eml
+		run -73 "$BSMTP" listen --batch batch 127.0.0.1:0
+	done
+	batch "EHLO x\r\nMAIL FROM:<a@x.example>\r\nRCPT TO:<b@x.example>\r\nRSET\r\n$good"
+	run -0 "$BSMTP" send --output out batch
+	printf 'MAIL FROM:<a@x.example>\r\n' >>batch
+	run -73 "$BSMTP" listen --batch batch 127.0.0.1:0
+	assert_output --partial 'it ends inside a transaction'
+}
+
 @test "a listener appends nothing to a batch that would swallow it" {
 	may_complain=1
 	batch "EHLO x\r\n$good$good"
