@@ -2556,7 +2556,7 @@ static void pass_to_quit(struct bsmtp_client *c, int code)
 	    due_verb(c, 1) != BSMTP_VERB_QUIT)
 		return;
 	answered(c);
-	c->all_good = c->all_bad = false;
+	c->all_good = false;
 }
 
 /* A body was run as commands: its chunk is not known there, or its DATA was refused when
@@ -2606,11 +2606,12 @@ static void take_turn(struct bsmtp_client *c)
 		write_reset(c);
 }
 
-/* Keeps whether all replies are of one kind; a 354 is of neither. */
+/* Keeps whether all replies are of one kind; a 354 is of neither, and 221 is no reply to a
+ * message in either reading. */
 static void note_kind(struct bsmtp_client *c, int code)
 {
 	c->all_good = c->all_good && code / 100 <= 3;
-	c->all_bad = c->all_bad && code / 100 >= 3;
+	c->all_bad = c->all_bad && (code / 100 >= 3 || code == 221);
 }
 
 /* The last line of a reply is there: it answers what is due, by counting alone. */

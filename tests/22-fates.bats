@@ -61,6 +61,21 @@ native='250-x\r\n250-BSMTP\r\n250-PIPELINING\r\n250 CHUNKING\r\n'
 	done
 }
 
+@test "silent about the opening: all is refused, and 221 is no reply to the body" {
+	make_message >m
+	while read -r code status fate; do
+		silent "$code no" "$code no" "$code no" '221 bye'
+		sends "$status" --grace 0 --to b@example.net
+		assert_equal "$code $(fates)" "$code $fate"
+		silent "$code no" "$code no" '250 taken' '221 bye'
+		sends 75 --grace 0 --to b@example.net
+		assert_equal "$(fates)" unknown
+	done <<-'END'
+		554 69 rejected
+		451 75 deferred
+	END
+}
+
 @test "AUTH behind a silent opening, taken and refused" {
 	certs=$BATS_FILE_TMPDIR
 	make_message >m
