@@ -5988,9 +5988,9 @@ static void envelope_free(struct envelope *e)
 	memset(e, 0, sizeof *e);
 }
 
-/* How much of a regular file there is to read.  Whoever is appending to it has a lock
- * (fcntl(2)), so that behind that it is whole; what comes later is not for this run.  Where
- * the size is not known, as in /proc, it is read to its end. */
+/* How much of a regular file there is to read.  Whoever appends to it holds a lock meanwhile
+ * (fcntl(2)): once that is free the file is whole, and what comes later is not for this run.
+ * A file whose size is not known, as in /proc, is read to its end. */
 static int source_measure(struct source *s, int fd, struct stat *st)
 {
 	off_t at;
@@ -6005,7 +6005,7 @@ static int source_measure(struct source *s, int fd, struct stat *st)
 	at = lseek(fd, 0, SEEK_CUR);
 	if (fstat(fd, st) != 0)
 		return -1;
-	(void)lock_file(fd, F_UNLCK);
+	(void)lock_file(fd, F_UNLCK);   /* nobody waits for us */
 	s->limit = st->st_size > at ? (uint64_t)(st->st_size - at) : 0;
 	return 0;
 }
@@ -6737,15 +6737,17 @@ static void read_header(struct source *s, struct header *h)
  *	d the file is synced	all of it; `?' or `+'		stored
  *
  * From 2 until the disk has the `+' a second file stands beside T.  Where it does and T is
- * missing, T was renamed, though a reader may have taken N.  Where both are missing somebody else removed
- * them, and the message is not stored unless N is there.  Without an id a message of the
- * file stores needs no journal: at 3 and 4 its sender has no answer and sends it again.
+ * missing, T was renamed, though a reader may have taken N.  Where both are missing somebody
+ * else removed them, and the message is not stored unless N is there.  Without an id a
+ * message of the file stores needs no journal: at 3 and 4 its sender has no answer and sends
+ * it again.
  *
  * At d the journal knows the digest of each message, and does not trust a size: other
  * programs write to the file too.  Where a state cannot be written the group stays open,
- * nothing of it is undone, and no id is taken until it is settled.  A command (--exec)
- * cannot be undone: its id is known from when
- * it has ended, and a kill in between runs it again. */
+ * nothing of it is undone, and no id is taken until it is settled.
+ *
+ * A command (--exec) cannot be undone.  Its id is known from when it has ended, and a kill
+ * before that runs it again. */
 
 /* One message on its way to the store.  The loop fills it, the committer
  * settles it; at no time do both hold it. */
@@ -6881,11 +6883,11 @@ struct pool {
 	struct job *failed;             /* to start */
 };
 
-/* How far a batch is known to be whole. */
+/* How far a batch was read, and is whole; and the size of the one that was complained of. */
 struct batch_end {
 	dev_t dev;
 	ino_t ino;
-	off_t at, begin, told;  /* begin: of the transaction that is read */
+	off_t at, whole, told;
 	struct bsmtp_batch reader;
 };
 
@@ -6910,6 +6912,8 @@ struct store {
 /* What tells the stores apart.  The loop opens it, and begins, fills and ends
  * messages; the committer commits them in groups.  One that has no `commit` has
  * nothing to make durable. */
+struct append;
+
 struct store_row {
 	const char *name;
 	enum { LAYOUT_NONE, LAYOUT_FILES, LAYOUT_APPENDED, LAYOUT_COMMAND } layout;
@@ -6920,6 +6924,8 @@ struct store_row {
 	int (*end)(struct store *st, struct delivery *d);
 	void (*commit)(struct store *st, struct delivery *group);
 	int (*prepare)(struct store *st, struct delivery *d);   /* files: before the sync */
+	int (*check)(struct store *st, const struct append *a); /* appended: whether it may be */
+	void (*grown)(struct store *st, off_t end);     /* appended: it was, to here */
 	bool subs;              /* files: it has new, cur and tmp */
 	bool envelopes;         /* files: beside each stands one */
 	bool dotlock;           /* appended: other programs expect FILE.lock */
@@ -8338,10 +8344,11 @@ static void drop_temporary(const struct store *st, const char *tmp)
 /* What stood beside those that are stored goes when the disk has their states. */
 static void drop_kept(struct store *st)
 {
-	for (size_t i = 0; i < st->kept.count && !st->journal.unsynced; i++)
+	if (st->journal.unsynced)
+		return;
+	for (size_t i = 0; i < st->kept.count; i++)
 		drop_side(st, st->kept.items[i]);
-	if (!st->journal.unsynced)
-		list_free(&st->kept);
+	list_free(&st->kept);
 }
 
 static void json_add(struct printout *t, struct bsmtp_slice s)
@@ -9140,38 +9147,53 @@ static void append_end(struct store *st, struct append *a)
 	journal_unlock(&st->journal);
 }
 
-/* Reads on in a batch to its end: NULL, or what is wrong with it.  What is appended inside of a
- * message is part of that. */
-static const char *read_batch_end(struct batch_end *end, const struct append *a)
+/* Takes from in[0..len) what is whole of a batch: how many octets; *wrong where it is none. */
+static size_t batch_end_take(struct batch_end *end, const char *in, size_t len, const char **wrong)
 {
-	struct bsmtp_slice text = slice("", 0), parameters;
-	char in[16 << 10];
-	size_t len = 0, used;
+	struct bsmtp_slice text, parameters;
+	enum bsmtp_batch_event event;
+	size_t at = 0, used;
 
-	while (end->at + (off_t)len < a->size || len > 0) {
-		enum bsmtp_batch_event event;
-		off_t left = a->size - end->at - (off_t)len;
-		ssize_t n = get_at(a->fd, in + len, (size_t)min_off(left, (off_t)(sizeof in - len)), end->at + (off_t)len);
-		if (n < 0)
-			return strerror(errno);
-		len += (size_t)n;
-		event = bsmtp_batch_next(&end->reader, in, len, false, &used, &text, &parameters);
+	do {
+		event = bsmtp_batch_next(&end->reader, in + at, len - at, false, &used, &text, &parameters);
+		at += used;
 		if (event == BSMTP_BATCH_BAD)
-			return text.at;
-		if (end->reader.state == BATCH_COMMANDS || event == BSMTP_BATCH_MAIL)
-			end->begin = end->at;
-		if (event == BSMTP_BATCH_NEED && used == 0 && n == 0)
-			return "its last line has no end";
+			*wrong = text.at;
+		else if (end->reader.state == BATCH_COMMANDS)
+			end->whole = end->at + (off_t)at;
+	} while (event != BSMTP_BATCH_NEED && event != BSMTP_BATCH_BAD);
+	return at;
+}
+
+/* Reads on in a batch to its end: NULL, or what is wrong with it. */
+static const char *batch_end_read(struct batch_end *end, const struct append *a)
+{
+	const char *wrong = NULL;
+	char in[16 << 10];
+	size_t len = 0;
+
+	while (wrong == NULL && end->at + (off_t)len < a->size) {
+		off_t from = end->at + (off_t)len;
+		ssize_t n = get_at(a->fd, in + len, (size_t)min_off(a->size - from, (off_t)(sizeof in - len)), from);
+		size_t used;
+		if (n <= 0)
+			return n < 0 ? strerror(errno) : "it has become shorter";
+		len += (size_t)n;
+		used = batch_end_take(end, in, len, &wrong);
 		end->at += (off_t)used;
 		len -= used;
 		memmove(in, in + used, len);
 	}
+	if (wrong != NULL)
+		return wrong;
 	return end->reader.state == BATCH_BODY ? "it ends inside a message" :
-	    end->reader.state == BATCH_OPEN ? "it ends inside a transaction" : NULL;
+	    end->reader.state == BATCH_OPEN ? "it ends inside a transaction" :
+	    len > 0 ? "its last line has no end" : NULL;
 }
 
-/* Sees to it that what is appended to a batch will be read as it is meant. */
-static int check_batch_end(struct store *st, const struct append *a)
+/* Sees to it that what is appended to a batch will be read as it is meant: inside of a
+ * message it would be part of that.  What was found whole is not read again. */
+static int batch_end_check(struct store *st, const struct append *a)
 {
 	struct batch_end *end = &st->batch_end;
 	const char *wrong;
@@ -9180,16 +9202,23 @@ static int check_batch_end(struct store *st, const struct append *a)
 	if (fstat(a->fd, &s) != 0)
 		return -1;
 	if (end->dev != s.st_dev || end->ino != s.st_ino || a->size < end->at)
-		*end = (struct batch_end){ .dev = s.st_dev, .ino = s.st_ino };
-	wrong = read_batch_end(end, a);
+		*end = (struct batch_end){ .dev = s.st_dev, .ino = s.st_ino, .told = end->told };
+	wrong = batch_end_read(end, a);
 	if (wrong == NULL)
 		return 0;
 	if (end->told != a->size)
 		diag("%s: offset %lld: %s: nothing is appended to it: mend it, or move it away", st->path,
-		    (long long)(end->reader.state != BATCH_COMMANDS ? end->begin : end->at), wrong);
-	*end = (struct batch_end){ .told = a->size };
+		    (long long)end->whole, wrong);
+	*end = (struct batch_end){ .told = a->size };   /* it is read anew when it may be mended */
 	errno = EBADMSG;
 	return -1;
+}
+
+/* What we have appended is whole. */
+static void batch_end_grow(struct store *st, off_t at)
+{
+	st->batch_end.at = st->batch_end.whole = at;
+	st->batch_end.reader.begun = true;
 }
 
 /* At the start a file is mended, and one that cannot be written is known. */
@@ -9200,7 +9229,7 @@ static int open_append_store(struct store *st)
 
 	if (append_start(st, &a) != 0)
 		return -1;
-	done = st->row->from_lines ? 0 : check_batch_end(st, &a);
+	done = st->row->check != NULL ? st->row->check(st, &a) : 0;
 	append_end(st, &a);
 	return done;
 }
@@ -9215,7 +9244,7 @@ static ssize_t append_lead(struct store *st, const struct append *a, char *lead,
 	size_t n = a->size > 1 ? 2 : (size_t)a->size;
 
 	lead[0] = '\0';
-	if (!st->row->from_lines && check_batch_end(st, a) != 0)
+	if (st->row->check != NULL && st->row->check(st, a) != 0)
 		return -1;
 	if (get_at(a->fd, last + 2 - n, n, a->size - (off_t)n) < 0)
 		return -1;
@@ -9321,8 +9350,8 @@ static int append_group(struct store *st, struct append *a, struct delivery *gro
 		return -1;
 	if (fsync(a->fd) != 0)
 		return -1;
-	st->batch_end.at = good;
-	st->batch_end.reader.begun = true;
+	if (st->row->grown != NULL)
+		st->row->grown(st, good);
 	return a->size == 0 ? sync_parent(st->path) : 0;
 }
 
@@ -9667,7 +9696,7 @@ static void note_commands(struct store *st)
 	j->told = errno;
 	st->unnoted.len = len;
 	if (len > UNNOTED_MAX) {
-		diag("%s: the ids of %zu octets could not be noted: they will be forgotten", j->path, len);
+		diag("%s: too many ids could not be written: the next listener will not know them", j->path);
 		st->unnoted.len = 0;
 	}
 }
@@ -9706,7 +9735,7 @@ static const struct store_row store_rows[] = {
 	[STORE_BATCH] = { .name = "batch", .layout = LAYOUT_APPENDED,
 		.open = open_append_store,
 		.begin = begin_in_batch_file, .text = text_in_batch_file, .end = end_in_batch_file,
-		.commit = commit_appended },
+		.check = batch_end_check, .grown = batch_end_grow, .commit = commit_appended },
 	[STORE_EXEC] = { .name = "exec", .layout = LAYOUT_COMMAND,
 		.open = open_no_store,
 		.begin = begin_for_command, .text = text_for_command, .end = end_for_command,
@@ -9984,7 +10013,7 @@ static void worker_stop(struct worker *w)
 }
 
 /* No group comes that would sync the states of the last one, or what is not noted yet. */
-static void rest(void *context)
+static void commit_rest(void *context)
 {
 	struct store *st = context;
 	struct journal *j = &st->journal;
@@ -13856,7 +13885,7 @@ static int listen_main(void)
 	status = prepare_tls(l);
 	if (status != EX_OK) {
 		;
-	} else if (!catch_signals(l) || !worker_start(&l->committer, commit, rest, &l->store) ||
+	} else if (!catch_signals(l) || !worker_start(&l->committer, commit, commit_rest, &l->store) ||
 	    (options.users != NULL && !worker_start(&l->verifier, verify, NULL, &l->users))) {
 		diag("%s", strerror(errno));
 		status = EX_OSERR;
