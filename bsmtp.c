@@ -1382,7 +1382,7 @@ size_t bsmtp_decode(struct bsmtp_decoder *d, const char *in, size_t len, struct 
 		if (++i == len)
 			return i;
 	}
-	if (d->state == DOT_DOT && in[i] == '\r' && !d->lf) {
+	if (d->state == DOT_DOT && in[i] == '\r') {
 		d->state = DOT_DOT_CR;
 		if (++i == len)
 			return i;

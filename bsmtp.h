@@ -212,8 +212,7 @@ size_t bsmtp_encode_end(struct bsmtp_encoder *encoder, char *out);
 /* DATA's body from the wire: takes away the doubled dots and finds the end,
  * CRLF "." CRLF and nothing else.  All zeros to begin, but for `lf`. */
 struct bsmtp_decoder {
-	bool lf;                /* set by the caller: LF ends a line, as in files, so that
-	                         * LF "." LF is the end and nothing else */
+	bool lf;                /* set by the caller: LF ends a line too, as in files */
 	unsigned char state;
 	bool ended;             /* the end was read */
 };
