@@ -2117,14 +2117,14 @@ static bool is_unended(const struct bsmtp_client *c)
  * where there is none:
  *
  *	first refused		end 2yz		end 4yz, 5yz	no reply
- *	MAIL			unknown		as MAIL		as MAIL
+ *	MAIL			unknown (1)	as MAIL		as MAIL
  *	MAIL, with the session	unknown		unsent		unknown, or unsent if it has no end
  *	all recipients		as these	as these	as these
  *	DATA or a chunk		as that		as that		as that
  *	the end			-		as that		-
  *	nothing			delivered	-		unknown
  *
- * "As" one: deferred for 4yz, rejected for 5yz. */
+ * "As" one: deferred for 4yz, rejected for 5yz.  (1) As MAIL where the end went alone. */
 static enum bsmtp_fate decide(const struct bsmtp_client *c, int end)
 {
 	enum decider by = decider(c);
@@ -2133,7 +2133,7 @@ static enum bsmtp_fate decide(const struct bsmtp_client *c, int end)
 
 	if (by == DECIDERS)
 		return taken ? BSMTP_DELIVERED : BSMTP_UNKNOWN;
-	if (by == BY_MAIL && taken)
+	if (by == BY_MAIL && taken && !c->bare)
 		return BSMTP_UNKNOWN;
 	if (by == BY_MAIL && refused_with_session(c))
 		return no_body && c->rcpts_good == 0 ? BSMTP_UNSENT : BSMTP_UNKNOWN;
@@ -2142,7 +2142,8 @@ static enum bsmtp_fate decide(const struct bsmtp_client *c, int end)
 
 /* The message's fate, as far as the replies go.  Where they may all be those of the
  * next commands, it is known only if it makes no difference: they are all of one
- * kind, from the one before MAIL's to the end's. */
+ * kind, from the one before MAIL's to the end's; and what one of them puts off is not
+ * refused for good. */
 static void give_fate(struct bsmtp_client *c, struct bsmtp_client_event *event, int end)
 {
 	enum bsmtp_fate fate = decide(c, end);
@@ -2154,7 +2155,8 @@ static void give_fate(struct bsmtp_client *c, struct bsmtp_client_event *event, 
 		uniform = ALL_BAD;
 	*event = c->verdict;
 	event->type = BSMTP_CLIENT_MESSAGE;
-	event->doubtful = c->alignment == LOST || (c->alignment == DOUBTFUL && uniform == MIXED);
+	event->doubtful = c->alignment == LOST || (c->alignment == DOUBTFUL &&
+	    (uniform == MIXED || (fate == BSMTP_REJECTED && c->put_off)));
 	event->fate = event->doubtful ? BSMTP_UNKNOWN : fate;
 	if (event->fate == BSMTP_UNKNOWN)
 		event->code = 0;
@@ -2167,8 +2169,10 @@ static void begin_judging(struct bsmtp_client *c)
 	memset(&c->verdict, 0, sizeof c->verdict);
 	memset(c->refused, 0, sizeof c->refused);
 	c->judging = true;
+	c->bare = false;
 	c->all_good = c->previous / 100 == 2;
 	c->all_bad = c->previous / 100 > 3;
+	c->put_off = c->previous / 100 == 4;
 	c->before = c->previous;
 	c->mail = 0;
 	c->rcpts = c->rcpts_good = 0;
@@ -2210,6 +2214,7 @@ static void take_354(struct bsmtp_client *c)
 		return;
 	/* RFC 2920 3.1: nobody is left, but the server wants an end. */
 	end_of_data(c);
+	c->bare = true;
 	c->state = CLIENT_SKIP;
 }
 
@@ -2612,6 +2617,7 @@ static void note_kind(struct bsmtp_client *c, int code)
 {
 	c->all_good = c->all_good && code / 100 <= 3;
 	c->all_bad = c->all_bad && (code / 100 >= 3 || code == 221);
+	c->put_off = c->put_off || code / 100 == 4;
 }
 
 /* The last line of a reply is there: it answers what is due, by counting alone. */
@@ -13946,7 +13952,7 @@ static const char *parse_scaled(const char *text, uint64_t *out, const char *con
 		while (i < count && !same(s, units[i]))
 			i++;
 		if (i == count)
-			return "the unit is not known";
+			return "not a whole number with a unit, such as 300ms or 2k";
 		scale = scales[i];
 	}
 	if (n > most / scale)

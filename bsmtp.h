@@ -467,7 +467,9 @@ struct bsmtp_client {           /* complete, to be embedded; fields are private 
 	uint64_t strays;
 	/* the message whose replies are being read */
 	bool judging;           /* its MAIL was answered, its fate not given */
+	bool bare;              /* its end mark went alone, behind 354 */
 	bool all_good, all_bad; /* every reply of it, and the one before */
+	bool put_off;           /* one of these is 4yz */
 	int previous;           /* code of the reply before this one */
 	int before, mail;       /* of the one before MAIL's, and MAIL's */
 	int refused[4];         /* by each that can decide: a code, or 0 */

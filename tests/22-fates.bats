@@ -76,6 +76,20 @@ native='250-x\r\n250-BSMTP\r\n250-PIPELINING\r\n250 CHUNKING\r\n'
 	END
 }
 
+@test "silent about the opening, refused and put off: it is not refused for good" {
+	make_message >m
+	while read -r a b c fate; do
+		silent "$a x" "$b x" "$c x" '221 bye'
+		sends 75 --grace 0 --to b@example.net
+		assert_equal "$a $b $c $(fates)" "$a $b $c $fate"
+	done <<-'END'
+		550 550 450 unknown
+		550 450 550 deferred
+		450 550 550 unknown
+		450 450 550 deferred
+	END
+}
+
 @test "AUTH behind a silent opening, taken and refused" {
 	certs=$BATS_FILE_TMPDIR
 	make_message >m
@@ -175,6 +189,21 @@ native='250-x\r\n250-BSMTP\r\n250-PIPELINING\r\n250 CHUNKING\r\n'
 	start_peer recv "send:220 x\\r\\n$native" recv:QUIT 'send:550 no\r\n503 no\r\n250 stored\r\n221 bye\r\n' eof
 	sends 75 --to b@example.net
 	assert_equal "$(fates)" unknown
+}
+
+@test "MAIL refused, and an end mark alone behind 354: as MAIL, whatever that is answered" {
+	make_message >m
+	while read -r code status fate; do
+		for end in '250 fine' '554 no' '451 later'; do
+			start_peer 'send:220 x\r\n' recv:EHLO 'send:250-x\r\n250 PIPELINING\r\n' recv:DATA \
+				"send:$code no\\r\\n503 no\\r\\n354 go\\r\\n" recv:QUIT "send:$end\\r\\n221 bye\\r\\n" eof
+			sends "$status" --to b@example.net --mode pipelining
+			assert_equal "$end $(fates)" "$end $fate"
+		done
+	done <<-'END'
+		550 69 rejected
+		450 75 deferred
+	END
 }
 
 @test "AUTH put off or refused in the stream: what goes with it is unsent, and not refused" {
