@@ -205,7 +205,7 @@ two_listeners() {
 
 moved_away() {
 	holds numbered $((3 * SCALE)) want
-	start_listener "--$1" file --reply 'BODY=delay 1ms'     # so that there is time
+	start_listener "--$1" file --reply "BODY=delay $((100 / SCALE + 1))ms"  # so that there is time
 	send --to b@example.net --json want >sent.json 3>&- &
 	pids+=($!)
 	for n in 1 2 3; do
