@@ -6765,6 +6765,11 @@ struct digest {
 	uint64_t a, b;
 };
 
+struct hash {                   /* a digest under way */
+	uint64_t v[4], word;
+	uint64_t len;
+};
+
 enum {
 	GROUP_MAX = 1024,       /* messages on their way to the disk, at most */
 	HEAD_KEPT = 64          /* octets of each message that the journal has */
@@ -6785,7 +6790,8 @@ struct delivery {
 	bool begun, utf8;
 	bool noted;             /* it stands in the group that was begun last */
 	bool numbered;          /* eml: its envelope has a number */
-	off_t end;              /* appended: where it ends, and what the journal knows of it */
+	struct hash sum;        /* appended: of what is spooled */
+	off_t end;              /* where it ends, and what the journal knows of it */
 	struct digest digest, head_digest;
 	char head[2 * HEAD_KEPT + 1];
 	char last;              /* the octet that was put last */
@@ -7017,11 +7023,6 @@ static bool still_named(int fd, const char *path, struct stat *here)
 
 /* ---- digests: SipHash-1-3 of 128 bits (Aumasson and Bernstein, 2012) ---- */
 
-struct hash {
-	uint64_t v[4], word;
-	uint64_t len;
-};
-
 static uint64_t rotate(uint64_t x, unsigned n)
 {
 	return x << n | x >> (64 - n);
@@ -7110,16 +7111,6 @@ static struct digest hash_end(struct hash *h)
 static bool same_digest(struct digest a, struct digest b)
 {
 	return a.a == b.a && a.b == b.b;
-}
-
-/* Of octets that no opponent chooses against us: they are compared, not looked up. */
-static struct digest digest_of(struct bsmtp_slice s)
-{
-	struct hash h;
-
-	hash_begin(&h, (struct digest){ 0, 0 });
-	hash_add(&h, s);
-	return hash_end(&h);
 }
 
 /* ---- ids: who has which message; TRANSID of RFC 1845 ---- */
@@ -8007,18 +7998,13 @@ static int put_in_spool(struct store *st, struct delivery *d, struct bsmtp_slice
 	return spill(st, d) != 0 ? -1 : write_all(d->fd, text.at, text.len);
 }
 
-static uint64_t spool_size(const struct delivery *d)
-{
-	struct stat s;
-
-	return d->fd >= 0 && fstat(d->fd, &s) == 0 ? (uint64_t)s.st_size : d->spool_len;
-}
-
 static int put_text(struct store *st, struct delivery *d, struct bsmtp_slice text)
 {
 	if (text.len == 0)
 		return 0;
 	d->last = text.at[text.len - 1];
+	if (st->row->layout == LAYOUT_APPENDED)
+		hash_add(&d->sum, text);
 	return st->row->layout == LAYOUT_FILES ? write_all(d->fd, text.at, text.len) :
 	    put_in_spool(st, d, text);
 }
@@ -9268,18 +9254,16 @@ static bool weigh(struct delivery *d, off_t at)
 {
 	char octets[HEAD_KEPT];
 	ssize_t n = (ssize_t)min_size(d->spool_len, sizeof octets);
+	struct hash sum = d->sum;
 
-	d->end = at + (off_t)spool_size(d);
-	if (d->fd < 0) {
-		d->digest = digest_of(slice(d->spool, d->spool_len));
-		d->head_digest = digest_of(slice(d->spool, (size_t)d->head_len));
+	if (d->fd < 0)
 		memcpy(octets, d->spool, (size_t)n);
-	} else {
+	else
 		n = get_at(d->fd, octets, sizeof octets, 0);
-		if (n < 0 || digest_file(d->fd, 0, d->end - at, &d->digest) != 0 ||
-		    digest_file(d->fd, 0, (off_t)d->head_len, &d->head_digest) != 0)
-			return false;
-	}
+	if (n < 0)
+		return false;
+	d->end = at + (off_t)sum.len;
+	d->digest = hash_end(&sum);
 	print_hex(d->head, (const unsigned char *)octets, (size_t)n);
 	return true;
 }
@@ -9293,20 +9277,54 @@ static void print_part(struct printout *t, const struct delivery *d)
 	printout_add(t, "\n");
 }
 
-static int append_one(const struct append *a, const struct delivery *d, off_t *at)
+/* What is appended goes to the file in large pieces, wherever a message ends. */
+struct gather {
+	int fd;
+	off_t at;               /* where the file has all before */
+	size_t len;
+	char octets[COPY_SIZE];
+};
+
+static int gather_flush(struct gather *g)
 {
-	char copy[16 << 10];
-	off_t from = 0;
-	ssize_t n;
+	int done = put_at(g->fd, g->octets, g->len, &g->at);
+
+	g->len = 0;
+	return done;
+}
+
+static int gather_text(struct gather *g, struct bsmtp_slice text)
+{
+	while (text.len > 0) {
+		size_t n = min_size(text.len, sizeof g->octets - g->len);
+		memcpy(g->octets + g->len, text.at, n);
+		g->len += n;
+		text = slice(text.at + n, text.len - n);
+		if (g->len == sizeof g->octets && gather_flush(g) != 0)
+			return -1;
+	}
+	return 0;
+}
+
+static int gather_message(struct gather *g, const struct delivery *d)
+{
+	off_t from = 0, size = (off_t)d->sum.len;
 
 	if (d->fd < 0)
-		return put_at(a->fd, d->spool, d->spool_len, at);
-	while ((n = get_at(d->fd, copy, sizeof copy, from)) > 0) {
-		if (put_at(a->fd, copy, (size_t)n, at) != 0)
+		return gather_text(g, slice(d->spool, d->spool_len));
+	while (from < size) {
+		size_t room = sizeof g->octets - g->len;
+		ssize_t n = get_at(d->fd, g->octets + g->len, (size_t)min_off((off_t)room, size - from), from);
+		if (n <= 0) {
+			errno = n < 0 ? errno : EIO;    /* somebody has cut it off */
 			return -1;
+		}
+		g->len += (size_t)n;
 		from += n;
+		if (g->len == sizeof g->octets && gather_flush(g) != 0)
+			return -1;
 	}
-	return n < 0 ? -1 : 0;
+	return 0;
 }
 
 /* Begins the group in the journal: those that are due, one after the other from `start`. */
@@ -9335,24 +9353,30 @@ static int note_appended(struct store *st, const struct append *a, struct delive
  * that stay. */
 static int append_group(struct store *st, struct append *a, struct delivery *group)
 {
+	static struct gather g;         /* the committer's */
 	char lead[LEAD_MAX];
 	ssize_t lead_len = append_lead(st, a, lead, sizeof lead);
-	off_t at = a->size, good = a->size;
-	bool all = true;
+	off_t good = a->size;
+	int done, error;
 
-	if (lead_len < 0 || note_appended(st, a, group, a->size + lead_len) != 0 ||
-	    put_at(a->fd, lead, (size_t)lead_len, &at) != 0)
+	if (lead_len < 0 || note_appended(st, a, group, a->size + lead_len) != 0)
 		return -1;
+	g.fd = a->fd;
+	g.at = a->size;
+	g.len = 0;
+	done = gather_text(&g, slice(lead, (size_t)lead_len));
+	for (const struct delivery *d = group; d != NULL && done == 0; d = next_of(d))
+		done = d->noted ? gather_message(&g, d) : 0;
+	if (done == 0)
+		done = gather_flush(&g);
+	error = errno;
 	for (struct delivery *d = group; d != NULL; d = next_of(d)) {
-		if (!d->noted)
-			continue;
-		all = all && append_one(a, d, &at) == 0;
-		if (!all)
-			d->error = errno;
-		else
-			good = at;
+		if (d->noted && d->end > g.at)
+			d->error = error;
+		else if (d->noted)
+			good = d->end;
 	}
-	if ((!all || good == a->size) && ftruncate(a->fd, good) != 0)
+	if ((done != 0 || good == a->size) && ftruncate(a->fd, good) != 0)
 		return -1;
 	if (fsync(a->fd) != 0)
 		return -1;
@@ -9842,6 +9866,7 @@ static void delivery_free(struct store *st, struct delivery *d)
 static void delivery_begin(struct store *st, struct delivery *d)
 {
 	struct timeval t;
+	struct hash head;
 
 	d->begun = true;
 	if (st->row->begin == NULL)
@@ -9849,9 +9874,12 @@ static void delivery_begin(struct store *st, struct delivery *d)
 	gettimeofday(&t, NULL);
 	snprintf(d->name, sizeof d->name, "%lld.M%06ldP%ldQ%llu.%s", (long long)t.tv_sec,
 	    (long)t.tv_usec, (long)st->pid, (unsigned long long)++st->sequence, st->host);
+	hash_begin(&d->sum, (struct digest){ 0, 0 });    /* it is compared, not looked up */
 	if (st->row->begin(st, d) != 0)
 		d->error = errno;
-	d->head_len = st->row->layout == LAYOUT_APPENDED ? spool_size(d) : 0;
+	head = d->sum;
+	d->head_len = head.len;
+	d->head_digest = hash_end(&head);
 }
 
 static void delivery_text(struct store *st, struct delivery *d, struct bsmtp_slice text)
